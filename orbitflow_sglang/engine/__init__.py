@@ -1,0 +1,1 @@
+"""The only package, ``plugin.py`` aside, that imports sglang."""

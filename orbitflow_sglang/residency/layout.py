@@ -1,0 +1,62 @@
+"""Shapes and sizes that every part of the residency package shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The KV cache of one rank, in the terms of one page of one layer.
+
+    A *page* holds ``page_size`` consecutive tokens of one request in one layer:
+    K of shape ``[page_size, kv_heads, head_dim]`` and V with ``v_head_dim``.
+    """
+
+    layers: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """K and V of one page in one layer, in bytes."""
+        values = self.page_size * self.kv_heads * (self.head_dim + self.v_head_dim)
+        return values * self.dtype.itemsize
+
+    def pages(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens of one request take in one layer."""
+        return math.ceil(tokens / self.page_size)
+
+    def empty(self, pages: int, device: str, pinned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised K and V of ``pages`` pages, ``[pages, page_size, kv_heads, dim]``."""
+        k, v = (
+            torch.empty(
+                (pages, self.page_size, self.kv_heads, dim),
+                dtype=self.dtype,
+                device=device,
+                pin_memory=pinned,
+            )
+            for dim in (self.head_dim, self.v_head_dim)
+        )
+        return k, v
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many pages each place holds. ``arena_pages`` includes the ring."""
+
+    arena_pages: int
+    ring_pages: int
+    host_pages: int
+    logical_pages: int  # page ids that the engine may hand out, the same for every layer
+
+    @property
+    def main_pages(self) -> int:
+        """Arena pages outside the ring: resident pages and tails share them."""
+        return self.arena_pages - self.ring_pages

@@ -1,0 +1,92 @@
+"""Where each (layer, logical page) is: arrays only, no policy and no copies.
+
+All arrays are NumPy on the host, ``[layers, logical_pages]`` unless said
+otherwise. Page ids are int32; -1 means none.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class PageState(IntEnum):
+    """State of one page in one layer; exactly one holds at any time."""
+
+    FREE = 0
+    DEVICE = 1  # in the arena; no valid host copy
+    HOST = 2  # in the host store only
+    BOTH = 3  # in the arena, host copy valid
+    STAGED = 4  # in the ring for this pass, host copy valid
+    TO_DEVICE = 5  # H2D under way into the ring or the arena, host copy valid
+    TO_HOST = 6  # D2H under way; the arena copy, where there is one, stays readable
+
+
+class PageTable:
+    """The tables and the questions asked of them."""
+
+    def __init__(self, layers: int, logical_pages: int) -> None:
+        shape = (layers, logical_pages + 1)  # page 0 absorbs padding, as in SGLang
+        self.layers = layers
+        self.state = np.zeros(shape, dtype=np.uint8)
+        self.device_page = np.full(shape, -1, dtype=np.int32)
+        self.host_page = np.full(shape, -1, dtype=np.int32)
+        # The placement asked for: True where the page should live on the host.
+        self.want_host = np.zeros(shape, dtype=bool)
+        # [logical_pages]: first arena page when resident in every layer in one extent.
+        self.extent = np.full(shape[1], -1, dtype=np.int32)
+        self.in_use = np.zeros(shape[1], dtype=bool)
+        # [logical_pages]: raised when the page is freed, so that what was started
+        # for its last owner is told from what belongs to the present one.
+        self.generation = np.zeros(shape[1], dtype=np.int64)
+        self.last_used = np.zeros(shape[1], dtype=np.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        self.state[:] = PageState.FREE
+        self.device_page[:] = -1
+        self.host_page[:] = -1
+        self.want_host[:] = False
+        self.extent[:] = -1
+        self.in_use[:] = False
+        self.generation += 1
+        self.last_used[:] = 0
+        # Page 0 is resident for good: the arena's first extent.
+        self.state[:, 0] = PageState.DEVICE
+        self.device_page[:, 0] = np.arange(self.layers)
+        self.extent[0] = 0
+        self.in_use[0] = True
+        self.scattered = 0  # pages in use that are not one extent
+
+    def pages_in_use(self) -> np.ndarray:
+        """Logical pages with an owner, page 0 left out."""
+        return np.flatnonzero(self.in_use)[1:]
+
+    def claim(self, pages: np.ndarray) -> None:
+        self.in_use[pages] = True
+        self.scattered += len(pages)
+
+    def release(self, pages: np.ndarray) -> None:
+        """Forget everything about ``pages``; their physical pages are the caller's."""
+        self.scattered -= int((self.extent[pages] < 0).sum())
+        self.state[:, pages] = PageState.FREE
+        self.device_page[:, pages] = -1
+        self.host_page[:, pages] = -1
+        self.want_host[:, pages] = False
+        self.extent[pages] = -1
+        self.in_use[pages] = False
+        self.generation[pages] += 1
+
+    def set_extents(self, pages: np.ndarray, starts: np.ndarray) -> None:
+        """``pages`` become resident in every layer, each in one extent."""
+        self.extent[pages] = starts
+        self.device_page[:, pages] = starts + np.arange(self.layers, dtype=np.int32)[:, None]
+        self.state[:, pages] = PageState.DEVICE
+        self.scattered -= len(pages)
+
+    def break_extents(self, pages: np.ndarray) -> None:
+        """Some layer of ``pages`` is about to leave its place in the extent."""
+        whole = pages[self.extent[pages] >= 0]
+        self.extent[whole] = -1
+        self.scattered += len(whole)

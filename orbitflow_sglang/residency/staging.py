@@ -1,0 +1,240 @@
+"""The staging ring: offloaded pages pass through it on their way to attention.
+
+The transfers of a step form one list in layer order. The ring is filled as far as
+it has room, ahead of compute; pages leave it when their layer's attention is done;
+behind the last layer the list goes on with the first layers of the next step, so
+that the link does not idle between steps. The ring never holds the only copy of a
+page, so what was fetched ahead for a step that turns out different is dropped.
+
+A layer whose offloaded pages exceed half the ring is attended in pieces, one half
+being filled while the other is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from orbitflow_sglang.residency import ResidencyError
+from orbitflow_sglang.residency.arena import Arena
+from orbitflow_sglang.residency.page_table import PageState, PageTable
+from orbitflow_sglang.residency.transfer import Transfer, TransferEngine
+
+
+@dataclass(eq=False)
+class Piece:
+    """Pages of one layer that are fetched and attended together."""
+
+    layer: int
+    pages: np.ndarray  # logical
+    target: np.ndarray | None = None  # arena pages; None before the fetch is issued
+    transfer: Transfer | None = None
+
+
+class StagingRing:
+    """Which pieces are in the ring, which come next, and the pages of the ring itself.
+
+    ``grant(n)`` gives up to n arena pages outside the ring: a page that should live
+    on the device is fetched right there, and stays. ``await_host(layer, pages)``
+    returns once the host copies of ``pages`` are valid.
+    """
+
+    def __init__(
+        self,
+        table: PageTable,
+        arena: Arena,
+        engine: TransferEngine,
+        grant: Callable[[int], np.ndarray],
+        await_host: Callable[[int, np.ndarray], None],
+    ) -> None:
+        self._table = table
+        self._arena = arena
+        self._engine = engine
+        self._grant = grant
+        self._await_host = await_host
+        self.num_pages = len(arena.ring_pages)
+        self.piece_pages = max(1, self.num_pages // 2)
+        self.stall_s = 0.0  # time that compute has waited for a fetch
+        self._free = arena.ring_pages.tolist()
+        self._required: list[np.ndarray] = []
+        self._pieces: list[list[Piece]] = [[] for _ in range(table.layers)]
+        self._ahead: list[list[Piece]] = [[] for _ in range(table.layers)]
+        self._todo: deque[Piece] = deque()
+        self._ahead_layer = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def free_pages(self) -> np.ndarray:
+        return np.array(self._free, dtype=np.int32)
+
+    # --- one step -------------------------------------------------------------
+
+    def begin(self, required: list[np.ndarray]) -> None:
+        """Start a step that reads the pages ``required[l]`` of layer l from the host."""
+        self._required = required
+        self._ahead_layer = 0
+        self._todo.clear()
+        for layer, pages in enumerate(required):
+            kept = self._keep(self._ahead[layer], pages)
+            self._ahead[layer] = []
+            have = [piece.pages for piece in kept]
+            missing = np.setdiff1d(pages, np.concatenate(have)) if have else pages
+            fresh = [
+                Piece(layer, missing[i : i + self.piece_pages])
+                for i in range(0, len(missing), self.piece_pages)
+            ]
+            self._pieces[layer] = kept + fresh
+            self._todo.extend(fresh)
+        self.pump(0)
+
+    def in_one_pass(self, layer: int) -> bool:
+        """Whether all staged pages of ``layer`` are in the ring at once."""
+        return len(self._required[layer]) <= self.piece_pages
+
+    def pieces(self, layer: int) -> list[Piece]:
+        return self._pieces[layer]
+
+    def wait(self, piece: Piece) -> None:
+        """Return when every page of ``piece`` may be read."""
+        while piece.transfer is None:
+            self._issue_now(piece)
+        begun = time.perf_counter()
+        piece.transfer.wait()
+        self.stall_s += time.perf_counter() - begun
+        layer, pages = piece.layer, piece.pages
+        in_ring = piece.target >= self._arena.ring_start
+        self._table.state[layer, pages] = np.where(in_ring, PageState.STAGED, PageState.BOTH)
+
+    def release(self, piece: Piece) -> None:
+        """``piece`` has been read; its ring pages are free again."""
+        self._leave_ring(piece.layer, piece.pages, piece.target)
+
+    def pump(self, done_layers: int) -> None:
+        """Issue what the ring has room for; attention of ``done_layers`` layers is over."""
+        while self._todo and self._issue(self._todo[0]):
+            self._todo.popleft()
+        if self._todo:
+            return
+        while self._ahead_layer < done_layers:
+            layer = self._ahead_layer
+            pages = self._required[layer][: self.piece_pages]
+            # Freed or moved since the step began: the next step will say.
+            pages = pages[self._table.state[layer, pages] == PageState.HOST]
+            if len(pages):
+                piece = Piece(layer, pages)
+                if not self._issue(piece):
+                    return
+                self._ahead[layer] = [piece]
+            self._ahead_layer += 1
+
+    def end(self) -> None:
+        """The step is over: nothing of it is left in the ring but what is for the next."""
+        self._pieces = [[] for _ in self._pieces]
+
+    # --- between steps --------------------------------------------------------
+
+    def forget(self, pages: np.ndarray) -> None:
+        """``pages`` are about to be freed: take them out of what was fetched ahead."""
+        for layer, pieces in enumerate(self._ahead):
+            if pieces:
+                wanted = np.setdiff1d(pieces[0].pages, pages)
+                self._ahead[layer] = self._keep(pieces, wanted)
+
+    def clear(self) -> None:
+        """Drop everything fetched ahead."""
+        for layer in range(len(self._ahead)):
+            self._ahead[layer] = self._keep(self._ahead[layer], np.empty(0, np.int32))
+
+    # --- inside ---------------------------------------------------------------
+
+    def _issue(self, piece: Piece) -> bool:
+        """Start fetching ``piece``; False when the ring or a host copy is not ready."""
+        table, layer, pages = self._table, piece.layer, piece.pages
+        if (table.state[layer, pages] != PageState.HOST).any():
+            return False
+        stays = np.flatnonzero(~table.want_host[layer, pages])
+        if len(pages) - len(stays) > len(self._free):
+            return False
+        home = self._grant(len(stays)) if len(stays) else stays
+        through_ring = len(pages) - len(home)
+        if through_ring > len(self._free):
+            self._arena.give_pages(home)
+            return False
+        target = np.empty(len(pages), dtype=np.int32)
+        at_home = np.zeros(len(pages), dtype=bool)
+        at_home[stays[: len(home)]] = True
+        target[at_home] = home
+        cut = len(self._free) - through_ring
+        target[~at_home] = self._free[cut:]
+        del self._free[cut:]
+        table.device_page[layer, pages] = target
+        table.state[layer, pages] = PageState.TO_DEVICE
+        piece.target = target
+        piece.transfer = self._engine.fetch(table.host_page[layer, pages], target)
+        return True
+
+    def _issue_now(self, piece: Piece) -> None:
+        """Attention is waiting for ``piece``: make it go, whatever was fetched ahead."""
+        self._await_host(piece.layer, piece.pages)
+        while not self._issue(piece):
+            if not self._drop_furthest(piece.layer):
+                raise ResidencyError("the staging ring is too small for one piece")
+        self._todo.remove(piece)
+
+    def _drop_furthest(self, layer: int) -> bool:
+        """Drop one fetched piece that is needed later than those of ``layer``."""
+        for other in range(len(self._ahead) - 1, -1, -1):
+            if self._ahead[other]:
+                self._drop(self._ahead[other].pop())
+                self._ahead_layer = min(self._ahead_layer, other)
+                return True
+        for other in range(len(self._pieces) - 1, layer, -1):
+            for piece in reversed(self._pieces[other]):
+                if piece.transfer is not None:
+                    self._drop(piece)
+                    self._requeue(piece)
+                    return True
+        return False
+
+    def _requeue(self, piece: Piece) -> None:
+        ahead_of = next(
+            (i for i, other in enumerate(self._todo) if other.layer >= piece.layer),
+            len(self._todo),
+        )
+        self._todo.insert(ahead_of, piece)
+
+    def _keep(self, pieces: list[Piece], wanted: np.ndarray) -> list[Piece]:
+        """Those pages of fetched ``pieces`` that are in ``wanted``; the rest leave the ring."""
+        kept = []
+        for piece in pieces:
+            useful = np.isin(piece.pages, wanted)
+            if useful.all():
+                kept.append(piece)
+                continue
+            self._drop(Piece(piece.layer, piece.pages[~useful], piece.target[~useful],
+                             piece.transfer))  # fmt: skip
+            if useful.any():
+                piece.pages, piece.target = piece.pages[useful], piece.target[useful]
+                kept.append(piece)
+        return kept
+
+    def _drop(self, piece: Piece) -> None:
+        if (piece.target < self._arena.ring_start).any():
+            # A page that came to stay: compute may write where it lies as soon as
+            # it is given up, so the copy must have ended.
+            self.wait(piece)
+        self._leave_ring(piece.layer, piece.pages, piece.target)
+        piece.target = piece.transfer = None
+
+    def _leave_ring(self, layer: int, pages: np.ndarray, target: np.ndarray) -> None:
+        in_ring = target >= self._arena.ring_start
+        pages = pages[in_ring]
+        self._table.state[layer, pages] = PageState.HOST
+        self._table.device_page[layer, pages] = -1
+        self._free.extend(target[in_ring].tolist())
