@@ -19,7 +19,7 @@ from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
 
 
-class _Stack:
+class PageStack:
     """Page ids in an array that never grows; popped from the end."""
 
     def __init__(self, capacity: int) -> None:
@@ -27,14 +27,17 @@ class _Stack:
         self.size = 0
 
     def push(self, ids: np.ndarray) -> None:
+        """Put ``ids`` on the stack, in any integer dtype."""
         self._ids[self.size : self.size + len(ids)] = ids
         self.size += len(ids)
 
     def pop(self, count: int) -> np.ndarray:
+        """Take the last ``count``, of which there must be so many; int32, as pushed."""
         self.size -= count
         return self._ids[self.size : self.size + count].copy()
 
     def values(self) -> np.ndarray:
+        """All of them, as a view that does not outlive the next push."""
         return self._ids[: self.size]
 
 
@@ -56,9 +59,9 @@ class Arena:
         """Every page free again; contents undefined."""
         extents, rest = divmod(self.ring_start - self.first_page, self.layers)
         starts = self.first_page + self.layers * np.arange(extents, dtype=np.int32)
-        self._extents = _Stack(extents)
+        self._extents = PageStack(extents)
         self._extents.push(starts[::-1])  # low pages are handed out first
-        self._singles = _Stack(self.ring_start - self.first_page)
+        self._singles = PageStack(self.ring_start - self.first_page)
         self._singles.push(np.arange(self.ring_start - rest, self.ring_start, dtype=np.int32))
         self._returned = 0  # single pages given back since the last search for whole extents
 

@@ -31,10 +31,15 @@ class HostStore:
         self.num_free = self.num_pages
 
     def is_free(self, pages: np.ndarray) -> np.ndarray:
-        return self._free[pages]
+        """One bool for each of ``pages``."""
+        free: np.ndarray = self._free[pages]
+        return free
 
     def take(self, count: int, hint: int = -1) -> np.ndarray:
-        """Up to ``count`` pages (fewer when the store is full), behind ``hint`` if free."""
+        """Up to ``count`` pages, int32: fewer when the store is full, never an error.
+
+        They go on behind the page ``hint`` as far as its group is free there; -1: no hint.
+        """
         parts: list[np.ndarray] = []
         left = min(count, self.num_free)
         if left and hint >= 0 and (run := self._run_behind(hint, left)):
@@ -49,6 +54,7 @@ class HostStore:
         return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
 
     def give(self, pages: np.ndarray) -> None:
+        """Take back ``pages``, each of which must have an owner; in any order."""
         self._free[pages] = True
         self.num_free += len(pages)
         groups, counts = np.unique(self._grouped(pages), return_counts=True)

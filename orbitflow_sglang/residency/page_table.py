@@ -34,7 +34,7 @@ class PageTable:
         self.host_page = np.full(shape, -1, dtype=np.int32)
         # The placement asked for: True where the page should live on the host.
         self.want_host = np.zeros(shape, dtype=bool)
-        # [logical_pages]: first arena page when resident in every layer in one extent.
+        # [logical_pages]: first arena page when in the arena alone, in one extent; else -1.
         self.extent = np.full(shape[1], -1, dtype=np.int32)
         self.in_use = np.zeros(shape[1], dtype=bool)
         # [logical_pages]: raised when the page is freed, so that what was started
@@ -57,7 +57,6 @@ class PageTable:
         self.device_page[:, 0] = np.arange(self.layers)
         self.extent[0] = 0
         self.in_use[0] = True
-        self.scattered = 0  # pages in use that are not one extent
 
     def pages_in_use(self) -> np.ndarray:
         """Logical pages with an owner, page 0 left out."""
@@ -65,11 +64,9 @@ class PageTable:
 
     def claim(self, pages: np.ndarray) -> None:
         self.in_use[pages] = True
-        self.scattered += len(pages)
 
     def release(self, pages: np.ndarray) -> None:
         """Forget everything about ``pages``; their physical pages are the caller's."""
-        self.scattered -= int((self.extent[pages] < 0).sum())
         self.state[:, pages] = PageState.FREE
         self.device_page[:, pages] = -1
         self.host_page[:, pages] = -1
@@ -83,10 +80,7 @@ class PageTable:
         self.extent[pages] = starts
         self.device_page[:, pages] = starts + np.arange(self.layers, dtype=np.int32)[:, None]
         self.state[:, pages] = PageState.DEVICE
-        self.scattered -= len(pages)
 
     def break_extents(self, pages: np.ndarray) -> None:
-        """Some layer of ``pages`` is about to leave its place in the extent."""
-        whole = pages[self.extent[pages] >= 0]
-        self.extent[whole] = -1
-        self.scattered += len(whole)
+        """Some layer of ``pages`` is about to leave: from here on each counts by itself."""
+        self.extent[pages] = -1

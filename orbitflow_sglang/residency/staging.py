@@ -15,14 +15,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from orbitflow_sglang.residency import ResidencyError
-from orbitflow_sglang.residency.arena import Arena
+from orbitflow_sglang.residency.arena import Arena, PageStack
 from orbitflow_sglang.residency.page_table import PageState, PageTable
 from orbitflow_sglang.residency.transfer import Transfer, TransferEngine
+
+NOWHERE = np.empty(0, dtype=np.int32)
 
 
 @dataclass(eq=False)
@@ -31,8 +34,9 @@ class Piece:
 
     layer: int
     pages: np.ndarray  # logical
-    target: np.ndarray | None = None  # arena pages; None before the fetch is issued
-    transfer: Transfer | None = None
+    # Arena page of each, from the issue to the release.
+    target: np.ndarray = field(default_factory=lambda: NOWHERE)
+    transfer: Transfer | None = None  # None before the issue and behind the release
 
 
 class StagingRing:
@@ -40,7 +44,8 @@ class StagingRing:
 
     ``grant(n)`` gives up to n arena pages outside the ring: a page that should live
     on the device is fetched right there, and stays. ``await_host(layer, pages)``
-    returns once the host copies of ``pages`` are valid.
+    returns once the host copies of ``pages`` are valid. One ring page is enough for
+    any step to end; below two, nothing is fetched while a piece is read.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class StagingRing:
         self.num_pages = len(arena.ring_pages)
         self.piece_pages = max(1, self.num_pages // 2)
         self.stall_s = 0.0  # time that compute has waited for a fetch
-        self._free = arena.ring_pages.tolist()
+        self._free = PageStack(self.num_pages)
+        self._free.push(arena.ring_pages)
         self._required: list[np.ndarray] = []
         self._pieces: list[list[Piece]] = [[] for _ in range(table.layers)]
         self._ahead: list[list[Piece]] = [[] for _ in range(table.layers)]
@@ -68,15 +74,27 @@ class StagingRing:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._free.size
 
     def free_pages(self) -> np.ndarray:
-        return np.array(self._free, dtype=np.int32)
+        """The free arena pages of the ring, for checks."""
+        return self._free.values()
+
+    def fetched_ahead(self) -> np.ndarray:
+        """Arena page that each (layer, page) is on its way to between steps, or -1; for checks."""
+        target = np.full_like(self._table.device_page, -1)
+        for piece in chain.from_iterable(self._ahead):
+            target[piece.layer, piece.pages] = piece.target
+        return target
 
     # --- one step -------------------------------------------------------------
 
     def begin(self, required: list[np.ndarray]) -> None:
-        """Start a step that reads the pages ``required[l]`` of layer l from the host."""
+        """Start a step that reads from the host the pages ``required[l]`` of each layer l.
+
+        They are logical, ascending, each once; each is in the host store, on its way
+        there, or was fetched ahead.
+        """
         self._required = required
         self._ahead_layer = 0
         self._todo.clear()
@@ -98,27 +116,38 @@ class StagingRing:
         return len(self._required[layer]) <= self.piece_pages
 
     def pieces(self, layer: int) -> list[Piece]:
+        """The pieces of ``layer``, in the order in which they are to be waited for."""
         return self._pieces[layer]
 
     def wait(self, piece: Piece) -> None:
-        """Return when every page of ``piece`` may be read."""
-        while piece.transfer is None:
-            self._issue_now(piece)
+        """Return when every page of ``piece`` may be read.
+
+        Raises ``ResidencyError`` when a copy failed, or the ring has no room for the
+        piece because earlier ones have not been released.
+        """
         begun = time.perf_counter()
-        piece.transfer.wait()
+        transfer = piece.transfer or self._issue_now(piece)
+        transfer.wait()
         self.stall_s += time.perf_counter() - begun
-        layer, pages = piece.layer, piece.pages
         in_ring = piece.target >= self._arena.ring_start
-        self._table.state[layer, pages] = np.where(in_ring, PageState.STAGED, PageState.BOTH)
+        state = np.where(in_ring, PageState.STAGED, PageState.BOTH)
+        self._table.state[piece.layer, piece.pages] = state
 
     def release(self, piece: Piece) -> None:
-        """``piece`` has been read; its ring pages are free again."""
-        self._leave_ring(piece.layer, piece.pages, piece.target)
+        """``piece`` has been read: its ring pages are free again, the others came to stay.
+
+        What is left of it is what would have to be fetched to read it once more.
+        """
+        in_ring = piece.target >= self._arena.ring_start
+        piece.pages = piece.pages[in_ring]
+        self._table.state[piece.layer, piece.pages] = PageState.HOST
+        self._table.device_page[piece.layer, piece.pages] = -1
+        self._free.push(piece.target[in_ring])
+        piece.target, piece.transfer = NOWHERE, None
 
     def pump(self, done_layers: int) -> None:
         """Issue what the ring has room for; attention of ``done_layers`` layers is over."""
-        while self._todo and self._issue(self._todo[0]):
-            self._todo.popleft()
+        self._issue_todo()
         if self._todo:
             return
         while self._ahead_layer < done_layers:
@@ -135,12 +164,16 @@ class StagingRing:
 
     def end(self) -> None:
         """The step is over: nothing of it is left in the ring but what is for the next."""
+        self._todo.clear()
+        for piece in chain.from_iterable(self._pieces):
+            if piece.transfer is not None:  # the step was given up before its turn
+                self._drop(piece)
         self._pieces = [[] for _ in self._pieces]
 
     # --- between steps --------------------------------------------------------
 
     def forget(self, pages: np.ndarray) -> None:
-        """``pages`` are about to be freed: take them out of what was fetched ahead."""
+        """``pages`` are to be freed or written: take them out of what was fetched ahead."""
         for layer, pieces in enumerate(self._ahead):
             if pieces:
                 wanted = np.setdiff1d(pieces[0].pages, pages)
@@ -149,9 +182,13 @@ class StagingRing:
     def clear(self) -> None:
         """Drop everything fetched ahead."""
         for layer in range(len(self._ahead)):
-            self._ahead[layer] = self._keep(self._ahead[layer], np.empty(0, np.int32))
+            self._ahead[layer] = self._keep(self._ahead[layer], NOWHERE)
 
     # --- inside ---------------------------------------------------------------
+
+    def _issue_todo(self) -> None:
+        while self._todo and self._issue(self._todo[0]):
+            self._todo.popleft()
 
     def _issue(self, piece: Piece) -> bool:
         """Start fetching ``piece``; False when the ring or a host copy is not ready."""
@@ -159,46 +196,49 @@ class StagingRing:
         if (table.state[layer, pages] != PageState.HOST).any():
             return False
         stays = np.flatnonzero(~table.want_host[layer, pages])
-        if len(pages) - len(stays) > len(self._free):
+        if len(pages) - len(stays) > self._free.size:
             return False
         home = self._grant(len(stays)) if len(stays) else stays
         through_ring = len(pages) - len(home)
-        if through_ring > len(self._free):
+        if through_ring > self._free.size:
             self._arena.give_pages(home)
             return False
         target = np.empty(len(pages), dtype=np.int32)
         at_home = np.zeros(len(pages), dtype=bool)
         at_home[stays[: len(home)]] = True
         target[at_home] = home
-        cut = len(self._free) - through_ring
-        target[~at_home] = self._free[cut:]
-        del self._free[cut:]
+        target[~at_home] = self._free.pop(through_ring)
         table.device_page[layer, pages] = target
         table.state[layer, pages] = PageState.TO_DEVICE
         piece.target = target
         piece.transfer = self._engine.fetch(table.host_page[layer, pages], target)
         return True
 
-    def _issue_now(self, piece: Piece) -> None:
+    def _issue_now(self, piece: Piece) -> Transfer:
         """Attention is waiting for ``piece``: make it go, whatever was fetched ahead."""
         self._await_host(piece.layer, piece.pages)
         while not self._issue(piece):
             if not self._drop_furthest(piece.layer):
                 raise ResidencyError("the staging ring is too small for one piece")
         self._todo.remove(piece)
+        self._issue_todo()  # what stood behind it was held up by it alone
+        assert piece.transfer is not None
+        return piece.transfer
 
     def _drop_furthest(self, layer: int) -> bool:
-        """Drop one fetched piece that is needed later than those of ``layer``."""
-        for other in range(len(self._ahead) - 1, -1, -1):
-            if self._ahead[other]:
-                self._drop(self._ahead[other].pop())
-                self._ahead_layer = min(self._ahead_layer, other)
-                return True
+        """Drop one fetched piece that is needed later than those of ``layer``.
+
+        Those are pieces that were fetched behind the last step: for the next one nothing
+        is fetched before all of this one is.
+        """
         for other in range(len(self._pieces) - 1, layer, -1):
             for piece in reversed(self._pieces[other]):
                 if piece.transfer is not None:
                     self._drop(piece)
-                    self._requeue(piece)
+                    if len(piece.pages):
+                        self._requeue(piece)
+                    else:  # all of it came to stay
+                        self._pieces[other].remove(piece)
                     return True
         return False
 
@@ -214,27 +254,18 @@ class StagingRing:
         kept = []
         for piece in pieces:
             useful = np.isin(piece.pages, wanted)
-            if useful.all():
-                kept.append(piece)
-                continue
-            self._drop(Piece(piece.layer, piece.pages[~useful], piece.target[~useful],
-                             piece.transfer))  # fmt: skip
-            if useful.any():
+            if not useful.all():
+                rest = piece.pages[~useful], piece.target[~useful]
+                self._drop(Piece(piece.layer, *rest, piece.transfer))
                 piece.pages, piece.target = piece.pages[useful], piece.target[useful]
+            if useful.any():
                 kept.append(piece)
         return kept
 
     def _drop(self, piece: Piece) -> None:
+        """Give up a fetched ``piece`` before it was read."""
         if (piece.target < self._arena.ring_start).any():
             # A page that came to stay: compute may write where it lies as soon as
             # it is given up, so the copy must have ended.
             self.wait(piece)
-        self._leave_ring(piece.layer, piece.pages, piece.target)
-        piece.target = piece.transfer = None
-
-    def _leave_ring(self, layer: int, pages: np.ndarray, target: np.ndarray) -> None:
-        in_ring = target >= self._arena.ring_start
-        pages = pages[in_ring]
-        self._table.state[layer, pages] = PageState.HOST
-        self._table.device_page[layer, pages] = -1
-        self._free.extend(target[in_ring].tolist())
+        self.release(piece)

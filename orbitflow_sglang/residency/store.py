@@ -23,40 +23,14 @@ from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
 from orbitflow_sglang.residency.page_table import PageState, PageTable
 from orbitflow_sglang.residency.staging import StagingRing
+from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
 from orbitflow_sglang.residency.transfer import ThreadTransferEngine, Transfer
 
-NO_PAGES = np.empty(0, dtype=np.int64)
+__all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
+
 # Layers whose new KV may be on its way to the host at once. It bounds the memory
 # that a prefill on a slow link holds; more would not make the link faster.
 WRITE_THROUGH_LAYERS = 2
-
-
-@dataclass
-class Step:
-    """One forward pass, in logical pages. All arrays are int64."""
-
-    reads: list[np.ndarray]  # per request: pages with the tokens it attends to, in order
-    read_tokens: list[int]  # per request: tokens of those pages
-    slots: np.ndarray  # token slots written, one per row of K and V
-    new_tails: np.ndarray = NO_PAGES  # new pages that stay open behind this pass
-    new_full: np.ndarray = NO_PAGES  # new pages that this pass fills
-    new_full_rows: np.ndarray = NO_PAGES  # first row of K and V of each of ``new_full``
-    open_pages: np.ndarray = NO_PAGES  # tails of live requests: they stay in the arena
-    idle_pages: np.ndarray = NO_PAGES  # pages of live requests outside this pass
-
-
-@dataclass
-class LayerPass:
-    """A part of one layer's attention: what may be read at once.
-
-    ``pages[i]`` are arena pages of request i holding ``tokens[i]`` tokens, the last
-    page perhaps partly filled. ``k`` and ``v`` are what the page ids index.
-    """
-
-    k: torch.Tensor
-    v: torch.Tensor
-    pages: list[torch.Tensor]
-    tokens: list[int]
 
 
 @dataclass
@@ -68,9 +42,18 @@ class _WriteBack:
     pages: np.ndarray
     generation: np.ndarray
 
+    def present(self, table: PageTable) -> tuple[np.ndarray, np.ndarray]:
+        """Those (layers, pages) that still belong to whom they did."""
+        ours = table.generation[self.pages] == self.generation
+        return self.layers[ours], self.pages[ours]
+
 
 class ResidencyStore:
-    """KV pages of one rank. Not thread-safe: the scheduler's thread owns it."""
+    """KV pages of one rank. Not thread-safe: the scheduler's thread owns it.
+
+    ``link_bytes_per_s`` emulates a link of that rate in each direction; None: as
+    fast as memory. Any call raises ``ResidencyError`` where a copy has failed.
+    """
 
     def __init__(
         self,
@@ -93,20 +76,26 @@ class ResidencyStore:
         self.step: Step | None = None
         self._write_backs: deque[_WriteBack] = deque()
         self._clock = 0
+        # As the present step began: closed pages of live requests, and of no live request.
+        self._live = np.zeros_like(self.table.in_use)
+        self._cached = np.zeros_like(self.table.in_use)
+        self._written = 0  # layers that the present step has written
 
     # --- ownership ------------------------------------------------------------
 
-    @property
-    def uniform(self) -> bool:
-        """Whether every page in use is resident in one extent, and nothing is under way."""
-        return self.table.scattered == 0 and not self._write_backs
-
     def place(self, pages: np.ndarray, on_host: np.ndarray) -> None:
-        """Ask that ``pages`` live on the host in the layers where ``on_host[l]``."""
+        """Ask that ``pages`` live on the host in the layers where ``on_host[l]``, bool.
+
+        Holds until the next ``place`` or ``free``, also for pages yet to be opened. Full
+        pages follow as steps begin in which they are live.
+        """
         self.table.want_host[:, pages] = on_host[:, None]
 
     def free(self, pages: np.ndarray) -> None:
-        """Give up ``pages`` in every layer, wherever they are."""
+        """Give up ``pages`` in every layer, wherever they are; between two steps.
+
+        Raises ``ResidencyError`` when one of them is not in use.
+        """
         table = self.table
         if not table.in_use[pages].all():
             raise ResidencyError(f"freeing pages nobody owns: {pages[~table.in_use[pages]]}")
@@ -126,35 +115,76 @@ class ResidencyStore:
 
     # --- one step -------------------------------------------------------------
 
-    def begin_uniform(self, new_pages: np.ndarray) -> bool:
-        """Open ``new_pages`` when that needs neither copies nor tables; False if it would."""
-        if self.uniform and self.arena.num_free >= len(new_pages) * self.layout.layers:
-            self._open(new_pages, np.zeros((self.layout.layers, len(new_pages)), bool))
-        return self.uniform and bool(self.table.in_use[new_pages].all())
+    def begin_uniform(self, pages: np.ndarray, new_pages: np.ndarray) -> np.ndarray | None:
+        """A step whose ``pages``, ``new_pages`` among them, need neither tables nor copies.
+
+        Opens ``new_pages`` and returns where each of ``pages`` starts its extent: ids
+        that hold in every layer's ``arena.layer_view``. None, and nothing done, when
+        some page is not in one extent or too few are free: ``begin`` is then the way.
+        A page in an extent has no host copy, so any of ``pages`` may be written.
+        """
+        table = self.table
+        starts = self.arena.take_extents(len(new_pages))
+        if len(starts) == len(new_pages):
+            table.extent[new_pages] = starts
+            ids: np.ndarray = table.extent[pages]
+            if (ids >= 0).all():
+                table.claim(new_pages)
+                table.set_extents(new_pages, starts)
+                self._clock += 1
+                table.last_used[pages] = self._clock
+                return ids
+            table.extent[new_pages] = -1
+        self.arena.give_extents(starts)
+        return None
 
     def begin(self, step: Step) -> None:
-        """Open the pages that ``step`` writes and start fetching those it reads."""
-        self.step = step
+        """Open the pages that ``step`` writes and start fetching those it reads.
+
+        Raises ``ResidencyError``, with no page opened and no step begun, when arena and
+        host together lack the room.
+        """
+        table = self.table
         self._clock += 1
+        self._written = 0
         self._retire()
-        batch = np.unique(np.concatenate([*step.reads, step.new_tails, step.new_full]))
-        batch = batch[self.table.in_use[batch]]
-        self.table.last_used[batch] = self._clock
-        closed = np.setdiff1d(batch, step.open_pages)
-        live = np.union1d(closed, np.setdiff1d(step.idle_pages, step.open_pages))
-        self._settle(live)
-        self._open_new(step, live)
-        self._settle_cached(live, step.open_pages)
-        state = self.table.state[:, batch]
-        away = (state == PageState.HOST) | (state == PageState.STAGED)
-        away |= state == PageState.TO_DEVICE
-        away |= (state == PageState.TO_HOST) & (self.table.device_page[:, batch] < 0)
-        self.ring.begin([batch[row] for row in away])
+        read = np.zeros_like(table.in_use)
+        read[np.concatenate([NO_PAGES, *step.reads])] = True
+        batch = read.copy()
+        batch[step.open_pages] = True
+        batch &= table.in_use
+        live = batch.copy()
+        live[step.idle_pages] = True
+        table.last_used[live] = self._clock
+        live[step.open_pages] = False
+        cached = table.in_use & ~live
+        cached[step.open_pages] = False
+        live[0] = cached[0] = False
+        self._live, self._cached = live, cached
+        self._reopen(step.open_pages)
+        self._settle(np.flatnonzero(live))
+        self._open_new(step, read)
+        self.step = step
+        pages = np.flatnonzero(batch)
+        state = table.state[:, pages]
+        device = table.device_page[:, pages]
+        away = (state == PageState.HOST) | (state == PageState.TO_DEVICE)
+        away |= (state == PageState.TO_HOST) & (device < 0)
+        homeless = (device < 0) | (device >= self.arena.ring_start)
+        need = self.reserve_pages + int((away & homeless & ~table.want_host[:, pages]).sum())
+        if self.arena.num_free < need:
+            self._evict(self._cached_pages(), need)  # in part for a later step: copies take time
+        self.ring.begin([pages[row] for row in away])
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store the step's new K and V of one layer, ``[tokens, kv_heads, dim]``."""
+        """Store the step's new K and V of one layer, ``[tokens, kv_heads, dim]``.
+
+        Layers come in order. The tensors, in the layout's dtype, must not be written
+        afterwards: pages placed on the host are copied from them behind this call.
+        """
         step, table, size = self.step, self.table, self.layout.page_size
         assert step is not None
+        self._written = layer + 1
         pages = table.device_page[layer, step.slots // size]
         rows = np.flatnonzero(pages >= 0)
         slots = torch.from_numpy(pages[rows] * np.int64(size) + step.slots[rows] % size)
@@ -166,7 +196,7 @@ class ResidencyStore:
             self._write_through(step, layer, k, v)
 
     def passes(self, layer: int) -> Iterator[LayerPass]:
-        """The parts in which ``layer`` is attended. A part is valid until the next is asked for."""
+        """The parts in which ``layer`` is attended; a part is valid until the next is asked for."""
         step, ring = self.step, self.ring
         assert step is not None
         pieces = ring.pieces(layer)
@@ -187,43 +217,52 @@ class ResidencyStore:
         ring.pump(layer + 1)
 
     def end(self) -> None:
-        """The forward pass is over."""
+        """The forward pass is over, or was given up."""
         self.ring.end()
+        if self.step is not None and self._written < self.layout.layers:
+            # Given up: no copy to the host will ever come from the layers not written.
+            pages, rest = self.step.new_full, slice(self._written, None)
+            never = self.table.device_page[rest, pages] < 0
+            self.table.state[rest, pages] = np.where(
+                never, PageState.HOST, self.table.state[rest, pages]
+            )
         self.step = None
 
     # --- checks ---------------------------------------------------------------
 
     def quiesce(self) -> None:
-        """Finish what is under way and drop what was fetched ahead."""
+        """Finish what is under way and drop what was fetched ahead; between two steps."""
         self.ring.clear()
         self.engine.drain()
         self._retire()
 
     def check(self) -> list[str]:
         """Violated invariants, in words; empty when all hold. Call between steps."""
-        return violations(self.table, self.arena, self.host, self.ring)
-
-    @property
-    def transfers_under_way(self) -> int:
-        return len(self._write_backs)
+        leaving = np.zeros_like(self.table.want_host)
+        for under_way in self._write_backs:
+            leaving[under_way.present(self.table)] = True
+        return violations(self.table, self.arena, self.host, self.ring, leaving)
 
     def close(self) -> None:
+        """Stop the copies, completing those under way. Nothing may be asked for afterwards."""
         self.engine.close()
 
     # --- reading --------------------------------------------------------------
 
     def _pass(self, layer: int, reads: list[np.ndarray], tokens: list[int]) -> LayerPass:
-        ids = self.table.device_page[layer, np.concatenate(reads)]
-        pages = torch.from_numpy(ids).split([len(r) for r in reads])
+        ids = self.table.device_page[layer, np.concatenate([NO_PAGES, *reads])]
+        pages = torch.from_numpy(ids).split_with_sizes([len(read) for read in reads])
         return LayerPass(self.arena.k, self.arena.v, list(pages), tokens)
 
     def _part(self, layer: int, pages: np.ndarray, invert: bool = False) -> LayerPass:
         """Only those pages of every request that are in ``pages`` (or are not)."""
         step, size = self.step, self.layout.page_size
         assert step is not None
+        wanted = np.full(self.table.in_use.shape, invert)
+        wanted[pages] = not invert
         reads, tokens = [], []
         for read, total in zip(step.reads, step.read_tokens, strict=True):
-            chosen = np.isin(read, pages, invert=invert)
+            chosen = wanted[read]
             reads.append(read[chosen])
             unfilled = len(read) * size - total if len(read) and chosen[-1] else 0
             tokens.append(len(reads[-1]) * size - unfilled)
@@ -231,41 +270,51 @@ class ResidencyStore:
 
     # --- opening pages --------------------------------------------------------
 
-    def _open_new(self, step: Step, live: np.ndarray) -> None:
-        """Places for the pages that the step writes: arena, or host for full ones placed there."""
-        pages = np.concatenate([step.new_tails, step.new_full])
+    def _open_new(self, step: Step, read: np.ndarray) -> None:
+        """Claim the pages that the step opens, each with a place in every layer."""
+        table, pages = self.table, np.concatenate([step.new_tails, step.new_full])
         if not len(pages):
             return
-        on_host = np.zeros((self.layout.layers, len(pages)), dtype=bool)
-        on_host[:, len(step.new_tails) :] = self.table.want_host[:, step.new_full]
-        for layer in np.flatnonzero(on_host.any(axis=1)):
-            columns = np.flatnonzero(on_host[layer])
-            taken = self.host.take(len(columns), hint=self._host_page_before(step, layer))
-            self.table.host_page[layer, pages[columns[: len(taken)]]] = taken
-            on_host[layer, columns[len(taken) :]] = False
-        self._make_room(int((~on_host).sum()), live, step.open_pages)
-        self._open(pages, on_host)
-
-    def _open(self, pages: np.ndarray, on_host: np.ndarray) -> None:
-        table = self.table
+        # Not claimed yet, or the search for room would take them for cached pages.
+        host = self._host_for_new(step, pages, read)
         table.claim(pages)
+        self._live[pages] = True
         table.last_used[pages] = self._clock
-        whole = pages[~on_host.any(axis=0)]
+        table.host_page[:, pages] = host
+        table.want_host[:, pages] |= host >= 0
+        table.state[:, pages] = np.where(host >= 0, PageState.TO_HOST, PageState.DEVICE)
+        whole = np.flatnonzero((host < 0).all(axis=0))
         starts = self.arena.take_extents(len(whole))
-        table.set_extents(whole[: len(starts)], starts)
-        single = np.isin(pages, whole[len(starts) :]) | on_host.any(axis=0)
-        layers, columns = np.nonzero(~on_host & single)
+        whole = whole[: len(starts)]
+        table.set_extents(pages[whole], starts)
+        singly = host < 0
+        singly[:, whole] = False
+        layers, columns = np.nonzero(singly)
         table.device_page[layers, pages[columns]] = self.arena.take_pages(len(layers))
-        table.state[layers, pages[columns]] = PageState.DEVICE
-        layers, columns = np.nonzero(on_host)
-        table.state[layers, pages[columns]] = PageState.TO_HOST
 
-    def _host_page_before(self, step: Step, layer: int) -> int:
-        """Where the first writing request's last page of ``layer`` lies, so as to go on there."""
-        for read in step.reads:
-            if len(read):
-                return int(self.table.host_page[layer, read[-1]])
-        return -1
+    def _host_for_new(self, step: Step, pages: np.ndarray, read: np.ndarray) -> np.ndarray:
+        """Host pages for new ``pages``, ``[layers, len(pages)]``; -1: the arena has room for it.
+
+        Full pages are on the host where they were placed there, and where the arena has
+        no room. Raises ``ResidencyError`` when neither has.
+        """
+        host = np.full((self.layout.layers, len(pages)), -1, dtype=np.int32)
+        may_leave = np.zeros(host.shape, dtype=bool)
+        may_leave[:, len(step.new_tails) :] = ~read[step.new_full]
+        layers, columns = np.nonzero(may_leave & self.table.want_host[:, pages])
+        host[layers, columns] = self._take_host(layers, pages[columns])
+        self._make_room(int((host < 0).sum()))
+        if (short := int((host < 0).sum()) - self.arena.num_free) > 0:
+            columns, layers = np.nonzero((may_leave & (host < 0)).T)
+            columns, layers = columns[-short:], layers[-short:]
+            host[layers, columns] = self._take_host(layers, pages[columns])
+        if (need := int((host < 0).sum())) > self.arena.num_free:
+            self.host.give(host[host >= 0])
+            raise ResidencyError(
+                f"{need} arena pages needed, {self.arena.num_free} can be had: "
+                "more requests are running than the arena has tail pages for"
+            )
+        return host
 
     def _write_through(self, step: Step, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Full new pages placed on the host go there without an arena page."""
@@ -292,70 +341,138 @@ class ResidencyStore:
         layers, columns = np.nonzero(wanted & (state == PageState.DEVICE))
         self._write_back(layers, pages[columns])
 
-    def _settle_cached(self, live: np.ndarray, open_pages: np.ndarray) -> None:
-        """Keep ``reserve_pages`` free by moving out, ahead of need, pages nobody runs with."""
-        short = self.reserve_pages - self.arena.num_free
-        if short > 0:
-            self._evict(self._cached(live, open_pages), short)
+    def _reopen(self, pages: np.ndarray) -> None:
+        """Pages about to be written live in the arena alone: bring back what had left it."""
+        table = self.table
+        if not (table.host_page[:, pages] >= 0).any():
+            return
+        self.ring.forget(pages)
+        self._await_host(slice(None), pages)
+        layers, columns = np.nonzero(table.state[:, pages] == PageState.HOST)
+        away = pages[columns]
+        self._make_room(len(away))
+        home = self.arena.take_pages(len(away))
+        table.device_page[layers, away] = home
+        self.engine.fetch(table.host_page[layers, away], home).wait()
+        layers, columns = np.nonzero(table.host_page[:, pages] >= 0)
+        self._drop_host_copies(layers, pages[columns])
 
-    def _cached(self, live: np.ndarray, open_pages: np.ndarray) -> np.ndarray:
-        """Pages in use by no live request, least recently used first."""
-        pages = np.setdiff1d(self.table.pages_in_use(), np.union1d(live, open_pages))
-        if self.step is not None:
-            pages = np.setdiff1d(pages, np.concatenate(self.step.reads))
+    def _cached_pages(self) -> np.ndarray:
+        """Pages of no live request, least recently used first."""
+        pages = np.flatnonzero(self._cached)
         return pages[np.argsort(self.table.last_used[pages], kind="stable")]
 
-    def _make_room(self, need: int, live: np.ndarray, open_pages: np.ndarray) -> None:
-        """Have ``need`` arena pages free, moving out cached pages first, then live ones."""
-        for candidates in (self._cached, lambda *_: live):
-            if self.arena.num_free >= need:
-                return
-            self._evict(candidates(live, open_pages), need - self.arena.num_free)
-            if self.arena.num_free >= need:
-                return
-            while self._write_backs:
-                self._write_backs[0].transfer.wait()
-                self._retire()
-            self._evict(candidates(live, open_pages), need - self.arena.num_free)
-        if self.arena.num_free < need:
-            raise ResidencyError(
-                f"{need} arena pages needed, {self.arena.num_free} can be had: "
-                "more requests are running than the arena has tail pages for"
-            )
+    def _make_room(self, need: int) -> None:
+        """Have ``need`` arena pages free, or all that can be: the caller looks.
 
-    def _evict(self, pages: np.ndarray, count: int) -> None:
-        """Move out about ``count`` arena pages of ``pages``, in that order; copies not awaited."""
+        Cached pages move out first, then live ones.
+        """
+        if self.arena.num_free >= need:
+            return
+        self._evict_until(self._cached_pages(), need)
+        self._evict_until(np.flatnonzero(self._live), need)
+        if self.arena.num_free < need:
+            # What the ring is fetching to the arena can only leave once it has arrived.
+            self.ring.clear()
+            self._evict_until(np.flatnonzero(self._cached | self._live), need)
+
+    def _evict_until(self, pages: np.ndarray, need: int) -> None:
+        while self.arena.num_free < need:
+            if not self._evict(pages, need) or self.arena.num_free >= need:
+                return
+            self._write_backs[0].transfer.wait()
+            self._retire()
+
+    def _evict(self, pages: np.ndarray, need: int) -> int:
+        """Go towards ``need`` free arena pages with those of ``pages``, in that order.
+
+        Where the host has a copy the arena page is free at once; elsewhere the
+        copy is started. Pages go in all layers together, so that extents come free.
+        Returns how many of their arena pages will come free as copies end.
+        """
         table = self.table
+        columns, layers = np.nonzero(table.state[:, pages].T == PageState.BOTH)
+        chosen = _whole_pages(columns, need - self.arena.num_free)
+        table.want_host[layers[chosen], pages[columns[chosen]]] = True
+        self._drop_device_copies(layers[chosen], pages[columns[chosen]])
+
         state = table.state[:, pages]
-        movable = (state == PageState.DEVICE) | (state == PageState.BOTH)
-        total = np.cumsum(movable.sum(axis=0))
-        pages = pages[: int(np.searchsorted(total, count)) + 1]
-        table.want_host[:, pages] = True
-        self._settle(pages)
+        leaving = (state == PageState.TO_HOST) & (table.device_page[:, pages] >= 0)
+        on_way = int(leaving.sum())
+        columns, layers = np.nonzero(state.T == PageState.DEVICE)
+        chosen = _whole_pages(columns, need - self.arena.num_free - on_way)
+        table.want_host[layers[chosen], pages[columns[chosen]]] = True
+        return on_way + self._write_back(layers[chosen], pages[columns[chosen]])
 
     def _drop_device_copies(self, layers: np.ndarray, pages: np.ndarray) -> None:
         table = self.table
-        if not len(pages):
-            return
-        table.break_extents(np.unique(pages))
         self.arena.give_pages(table.device_page[layers, pages])
         table.device_page[layers, pages] = -1
         table.state[layers, pages] = PageState.HOST
 
-    def _write_back(self, layers: np.ndarray, pages: np.ndarray) -> None:
-        """Start copying arena pages to the host: as many as it has room for."""
-        if not len(pages):
-            return
+    def _drop_host_copies(self, layers: np.ndarray, pages: np.ndarray) -> None:
         table = self.table
-        host = np.concatenate(
-            [
-                self.host.take(int((layers == layer).sum()), self._host_hint(layer, pages, layers))
-                for layer in np.unique(layers)
-            ]
-        )
-        if len(host) < len(pages):
-            raise ResidencyError("host store full")
-        table.host_page[layers, pages] = host
-        table.state[layers, pages] = PageState.TO_HOST
-        transfer = self.engine.write_back(table.device_page[layers, pages], host)
-        self._track(transfer, layers, pages)
+        self.host.give(table.host_page[layers, pages])
+        table.host_page[layers, pages] = -1
+        table.state[layers, pages] = PageState.DEVICE
+
+    def _write_back(self, layers: np.ndarray, pages: np.ndarray) -> int:
+        """Start copying arena pages to the host: as many as it has room for, returned."""
+        table = self.table
+        host = self._take_host(layers, pages)
+        layers, pages, host = layers[host >= 0], pages[host >= 0], host[host >= 0]
+        if len(pages):
+            table.break_extents(pages)
+            table.host_page[layers, pages] = host
+            table.state[layers, pages] = PageState.TO_HOST
+            transfer = self.engine.write_back(table.device_page[layers, pages], host)
+            self._track(transfer, layers, pages)
+        return len(pages)
+
+    def _take_host(self, layers: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """Host pages for (layer, page) pairs, -1 where the store is full."""
+        table = self.table
+        if len(pages) > self.host.num_free:
+            # A second copy is a convenience where the arena copy is to stay.
+            spare_layers, spare = np.nonzero((table.state == PageState.BOTH) & ~table.want_host)
+            short = len(pages) - self.host.num_free
+            self._drop_host_copies(spare_layers[:short], spare[:short])
+        host = np.full(len(pages), -1, dtype=np.int32)
+        for layer in np.unique(layers):
+            rows = np.flatnonzero(layers == layer)
+            behind = int(table.host_page[layer, pages[rows[0]] - 1])
+            taken = self.host.take(len(rows), behind)
+            host[rows[: len(taken)]] = taken
+        return host
+
+    def _track(self, transfer: Transfer, layers: np.ndarray, pages: np.ndarray) -> None:
+        generation = self.table.generation[pages]
+        self._write_backs.append(_WriteBack(transfer, layers, pages, generation))
+
+    def _retire(self) -> None:
+        """Take note of the host copies that have been completed."""
+        table = self.table
+        while self._write_backs and self._write_backs[0].transfer.done:
+            layers, pages = self._write_backs.popleft().present(table)
+            kept = table.device_page[layers, pages] >= 0
+            table.state[layers, pages] = np.where(kept, PageState.BOTH, PageState.HOST)
+
+    # --- what the ring asks for -----------------------------------------------
+
+    def _grant_home(self, count: int) -> np.ndarray:
+        room = max(0, self.arena.num_free - self.reserve_pages)
+        return self.arena.take_pages(min(count, room))
+
+    def _await_host(self, layers: int | slice, pages: np.ndarray) -> None:
+        """Return when no write-back of ``pages`` is under way."""
+        while (self.table.state[layers, pages] == PageState.TO_HOST).any():
+            self._write_backs[0].transfer.wait()
+            self._retire()
+
+
+def _whole_pages(columns: np.ndarray, count: int) -> slice:
+    """The first ``count`` of ``columns`` (ascending), and what else belongs to the last one."""
+    if count <= 0:
+        return slice(0)
+    last = columns[:count][-1:]
+    return slice(int(np.searchsorted(columns, last[0], "right")) if len(last) else 0)

@@ -44,24 +44,28 @@ class Transfer:
     @property
     def done(self) -> bool:
         """Whether the copy has ended well; raises ``ResidencyError`` if it failed."""
-        if not self._ended.is_set():
-            return False
-        if self._error is not None:
-            raise ResidencyError("a KV page transfer failed") from self._error
-        return True
+        if self._ended.is_set():
+            self.wait()
+        return self._ended.is_set()
 
     def wait(self) -> None:
-        """Block until the copy has ended."""
+        """Block until the copy has ended; raises ``ResidencyError`` if it failed."""
         self._ended.wait()
-        assert self.done
+        if self._error is not None:
+            raise ResidencyError("a KV page transfer failed") from self._error
 
     def end(self, error: BaseException | None = None) -> None:
+        """Called by the engine, once: the copy has ended, well or with ``error``."""
         self._error = error
         self._ended.set()
 
 
 class TransferEngine(ABC):
-    """Copies of whole pages, K and V together. Page ids are physical."""
+    """Copies of whole pages, K and V together. Page ids are physical.
+
+    A copy is queued at once and in the order of the calls; what goes wrong with it
+    is raised by its ``Transfer`` alone. The id arrays must not change afterwards.
+    """
 
     @abstractmethod
     def fetch(self, host_pages: np.ndarray, device_pages: np.ndarray) -> Transfer:
@@ -77,13 +81,13 @@ class TransferEngine(ABC):
     ) -> Transfer:
         """D2H straight from a step's new K and V, ``[tokens, kv_heads, dim]``.
 
-        Page i is the ``page_size`` rows from ``first_rows[i]``. The tensors stay
-        alive until the copy ends.
+        Page i is the ``page_size`` rows from ``first_rows[i]``. The tensors have the
+        store's dtype; they stay alive, and must not be written, until the copy ends.
         """
 
     @abstractmethod
     def drain(self) -> None:
-        """Return when nothing is under way."""
+        """Return when nothing is under way; raises if the last copy of a direction failed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -169,6 +173,8 @@ def _runs(
     sources: np.ndarray, targets: np.ndarray, source_step: int = 1
 ) -> Iterator[tuple[int, int, int]]:
     """(first source, first target, length) of every stretch contiguous on both sides."""
+    if not len(sources):
+        return
     breaks = (np.diff(sources) != source_step) | (np.diff(targets) != 1)
     starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).tolist()
     ends = [*starts[1:], len(sources)]
@@ -205,23 +211,26 @@ class _CopyThread:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            copy, transfer = job
-            begun = time.perf_counter()
-            error: BaseException | None = None
-            try:
-                copy()
-                if self.link_bytes_per_s is not None:
-                    self._emulate_link(transfer)
-            except BaseException as raised:  # handed to whoever waits for the copy
-                error = raised
-            self.stats.transfers += 1
-            self.stats.bytes += transfer.nbytes
-            self.stats.busy_s += time.perf_counter() - begun
-            transfer.end(error)
+            self._perform(*job)
+            del job  # or the last copy would keep its tensors alive until there is another
 
-    def _emulate_link(self, transfer: Transfer) -> None:
+    def _perform(self, copy: Callable[[], None], transfer: Transfer) -> None:
+        begun = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            copy()
+            if self.link_bytes_per_s is not None:
+                self._emulate_link(transfer, self.link_bytes_per_s)
+        except BaseException as raised:  # handed to whoever waits for the copy
+            error = raised
+        self.stats.transfers += 1
+        self.stats.bytes += transfer.nbytes
+        self.stats.busy_s += time.perf_counter() - begun
+        transfer.end(error)
+
+    def _emulate_link(self, transfer: Transfer, bytes_per_s: float) -> None:
         # Counted from the hand-over, not from waking up, or oversleeping would add up.
         begin = max(self._link_free_s, transfer.submitted_s)
-        self._link_free_s = begin + transfer.nbytes / self.link_bytes_per_s
+        self._link_free_s = begin + transfer.nbytes / bytes_per_s
         if (left := self._link_free_s - time.perf_counter()) > 0:
             time.sleep(left)

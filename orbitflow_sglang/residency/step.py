@@ -1,0 +1,49 @@
+"""What the engine and the store say to each other about one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+NO_PAGES = np.empty(0, dtype=np.int64)
+
+
+def _no_pages() -> np.ndarray:
+    return NO_PAGES
+
+
+@dataclass
+class Step:
+    """One forward pass, in logical pages. All arrays are int64, each page once in each."""
+
+    reads: list[np.ndarray]  # per request: pages with the tokens it attends to, in order
+    read_tokens: list[int]  # per request: tokens of those pages; only the last may be part filled
+    slots: np.ndarray  # token slots written, one per row of K and V
+    # New pages that stay open behind this pass. They, and new pages that are also in
+    # ``reads``, are in the arena during it; a page that it fills may be given here too.
+    new_tails: np.ndarray = field(default_factory=_no_pages)
+    new_full: np.ndarray = field(default_factory=_no_pages)  # new pages that this pass fills
+    # First row of K and V of each of ``new_full``.
+    new_full_rows: np.ndarray = field(default_factory=_no_pages)
+    # Tails of all live requests, and older pages that this pass goes on writing: they
+    # stay in the arena alone. Those that are new in this pass may be among them.
+    open_pages: np.ndarray = field(default_factory=_no_pages)
+    # Pages of live requests outside this pass, their tails too.
+    idle_pages: np.ndarray = field(default_factory=_no_pages)
+
+
+@dataclass
+class LayerPass:
+    """A part of one layer's attention: what may be read at once.
+
+    ``pages[i]`` are arena pages of request i holding ``tokens[i]`` tokens, the last
+    page perhaps partly filled; there may be none. ``k`` and ``v``, ``[pages,
+    page_size, kv_heads, dim]``, are what the page ids index.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    pages: list[torch.Tensor]
+    tokens: list[int]
