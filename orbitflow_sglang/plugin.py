@@ -1,1 +1,53 @@
-def register() -> None: ...
+"""Entry point of ``sglang.srt.plugins``: what is wrapped in which process.
+
+Without ``--enable-orbitflow`` that is ``ServerArgs.add_cli_args`` and
+``ServerArgs.from_cli_args``, and the attention backend ``orbitflow_torch`` is offered.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+
+def register() -> None:
+    """Called by SGLang in every process that it starts, before any hook is applied."""
+    try:
+        _register()
+    except Exception:
+        # SGLang would log this and serve on without OrbitFlow.
+        traceback.print_exc()
+        raise SystemExit("OrbitFlow's plugin failed to load; see the error above") from None
+
+
+def _register() -> None:
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+
+    from orbitflow_sglang.config import ATTENTION_BACKEND, OrbitFlowConfig
+    from orbitflow_sglang.engine import hooks
+
+    config = OrbitFlowConfig.from_env()
+    role = hooks.child_role()
+    if role == "run_detokenizer_process":
+        return
+    add_attention_backend_choices([ATTENTION_BACKEND])
+    if role is None:
+        hooks.register(hooks.ALWAYS)
+        if config is not None:  # an Engine built in Python, behind OrbitFlowConfig.export()
+            from orbitflow_sglang.engine import launcher
+
+            launcher.enable(config)
+        return
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend(ATTENTION_BACKEND)(_attention_backend)
+    if config is not None:
+        hooks.register(hooks.SCHEDULER)
+        if os.environ.get(hooks.TEST_CONTROL_ENV):
+            hooks.register(hooks.TEST_CONTROL)
+
+
+def _attention_backend(model_runner: object) -> object:
+    from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
+
+    return OrbitFlowTorchBackend(model_runner)

@@ -46,7 +46,7 @@ class NativeCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_type = "cpu"
     capabilities = PlatformCapabilities()
 
-    def get_device(self, device_id: int | None = 0) -> str:  # type: ignore[override]
+    def get_device(self, device_id: int | None = 0) -> str:
         # SGLang splits the default device's name at ":", which a torch.device cannot.
         return "cpu"
 

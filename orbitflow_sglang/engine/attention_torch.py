@@ -1,0 +1,223 @@
+"""Attention in plain PyTorch over KV pages, wherever they lie: backend ``orbitflow_torch``.
+
+With OrbitFlow it reads through the page table, waits for a layer's transfers, and
+attends a layer in pieces where its pages do not fit the ring at once; without, it
+serves SGLang's own pool. New queries attend to the cached prefix and to each other
+apart and the two are merged, so an extend step computes no more than its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from orbitflow_sglang.config import ATTENTION_BACKEND
+from orbitflow_sglang.engine.pool import OrbitFlowKVPool
+from orbitflow_sglang.engine.runtime import StepInput, spans
+from orbitflow_sglang.residency.store import LayerPass
+
+
+class OrbitFlowTorchBackend(AttentionBackend):
+    """One object per model runner; a step is prepared by ``init_forward_metadata``."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token.numpy()
+        self.reader: OrbitFlowReader | StockReader
+        if isinstance(self.token_to_kv_pool, OrbitFlowKVPool):
+            self.reader = OrbitFlowReader(self.token_to_kv_pool, self.req_to_token)
+        elif type(self.token_to_kv_pool) is MHATokenToKVPool:
+            self.reader = StockReader(self.token_to_kv_pool, self.req_to_token)
+        else:
+            raise ValueError(
+                f"--attention-backend {ATTENTION_BACKEND} serves plain multi-head or grouped-query "
+                f"attention; this model's KV pool is {type(self.token_to_kv_pool).__name__}: "
+                "use another attention backend"
+            )
+        self._new_tokens: list[int] = []
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        decode = forward_batch.forward_mode.is_decode_or_idle()
+        prefix_lens = None if decode else forward_batch.extend_prefix_lens_cpu
+        step = StepInput(
+            rows=forward_batch.req_pool_indices.tolist(),
+            seq_lens=_as_list(forward_batch.seq_lens_cpu, forward_batch.seq_lens),
+            prefix_lens=None if decode else _as_list(prefix_lens, forward_batch.extend_prefix_lens),
+            slots=forward_batch.out_cache_loc.numpy(),
+        )
+        self._new_tokens = [n - b for n, b in zip(step.seq_lens, step.before, strict=True)]
+        self.reader.begin(step)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``q`` is ``[requests, heads * head_dim]``; so is the result."""
+        self._save(k, v, layer, forward_batch, save_kv_cache)
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        merged = _Merge(q)
+        for part in self.reader.passes(layer.layer_id):
+            for i, (pages, tokens) in enumerate(zip(part.pages, part.tokens, strict=True)):
+                if tokens:
+                    merged.add(i, i + 1, *_gather(part, pages, tokens), layer.scaling)
+        return merged.result()
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
+        if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
+            raise NotImplementedError(f"{ATTENTION_BACKEND} serves decoder self-attention only")
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        self._save(k, v, layer, forward_batch, save_kv_cache)
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        ends = np.cumsum(self._new_tokens).tolist()
+        starts = [0, *ends[:-1]]
+        merged = _Merge(q)
+        for start, end in zip(starts, ends, strict=True):
+            merged.add(start, end, k[start:end], v[start:end], layer.scaling, causal=True)
+        for part in self.reader.passes(layer.layer_id):
+            rows = zip(starts, ends, part.pages, part.tokens, strict=True)
+            for start, end, pages, tokens in rows:
+                if tokens:
+                    merged.add(start, end, *_gather(part, pages, tokens), layer.scaling)
+        return merged.result()
+
+    def support_triton(self) -> bool:
+        return False
+
+    def _save(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> None:
+        if save_kv_cache and k is not None:
+            k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+            v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
+
+
+class OrbitFlowReader:
+    """Pages of the residency store."""
+
+    def __init__(self, pool: OrbitFlowKVPool, req_to_token: np.ndarray) -> None:
+        self._runtime = pool.runtime
+        self._runtime.req_to_token = req_to_token
+
+    def begin(self, step: StepInput) -> None:
+        self._runtime.begin(step)
+
+    def passes(self, layer: int) -> Iterator[LayerPass]:
+        return self._runtime.passes(layer)
+
+
+class StockReader:
+    """Pages of SGLang's own pool: each layer has its buffer, and one id names a page in all."""
+
+    def __init__(self, pool: MHATokenToKVPool, req_to_token: np.ndarray) -> None:
+        self._pool = pool
+        self._req_to_token = req_to_token
+        self._pages: list[torch.Tensor] = []
+        self._tokens: list[int] = []
+
+    def begin(self, step: StepInput) -> None:
+        size = self._pool.page_size
+        _, read, self._tokens = spans(step, size)
+        self._pages = [
+            torch.from_numpy(self._req_to_token[row, : pages * size : size] // size)
+            for row, pages in zip(step.rows, read, strict=True)
+        ]
+
+    def passes(self, layer: int) -> Iterator[LayerPass]:
+        size = self._pool.page_size
+        k, v = (
+            buffer.view(-1, size, *buffer.shape[1:])
+            for buffer in (self._pool.get_key_buffer(layer), self._pool.get_value_buffer(layer))
+        )
+        yield LayerPass(k, v, self._pages, self._tokens)
+
+
+class _Merge:
+    """Attention of query rows to several parts of their context, merged by log-sum-exp."""
+
+    def __init__(self, q: torch.Tensor) -> None:
+        self._q = q  # [rows, heads, head_dim]
+        self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(
+        self,
+        start: int,
+        end: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        causal: bool = False,
+    ) -> None:
+        """Rows ``start:end`` attend to ``k`` and ``v``, ``[tokens, kv_heads, head_dim]``."""
+        if start == end:
+            return
+        q = self._q[start:end].transpose(0, 1).unsqueeze(0)
+        k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, scale=scale
+        )
+        before = self._parts.get((start, end))
+        if before is not None:
+            out, lse = _merge(*before, out, lse)
+        self._parts[start, end] = (out, lse)
+
+    def result(self) -> torch.Tensor:
+        """``[rows, heads * head_dim]``, rows that attended to nothing being zero."""
+        merged = torch.zeros_like(self._q)
+        for (start, end), (out, _) in self._parts.items():
+            merged[start:end] = out[0].transpose(0, 1)
+        return merged.flatten(1)
+
+
+def _merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to two disjoint parts of the context from attention to each."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    share = torch.exp(lse_a - lse).unsqueeze(-1)
+    merged = out_a.float() * share + out_b.float() * (1 - share)
+    return merged.to(out_a.dtype), lse
+
+
+def _gather(part: LayerPass, pages: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of one request's pages, ``[tokens, kv_heads, head_dim]``."""
+    k, v = (x.index_select(0, pages).flatten(0, 1)[:tokens] for x in (part.k, part.v))
+    return k, v
+
+
+def _as_list(on_host: Any, on_device: torch.Tensor) -> list[int]:
+    """A batch's lengths: SGLang keeps some as a list, some as a tensor, some on the device only."""
+    if on_host is None:
+        on_host = on_device
+    return on_host.tolist() if isinstance(on_host, torch.Tensor) else list(on_host)

@@ -1,0 +1,218 @@
+"""What OrbitFlow refuses to run with, and the defaults it chooses for the rest.
+
+Checked in the launcher, before any process starts: what was asked for before SGLang
+looks at it, so that the refusal is ours, and again what SGLang made of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.model_override_base import model_config_of
+from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.layers.radix_attention import RadixAttention
+
+from orbitflow_sglang import SUPPORTED_SGLANG
+from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError, OrbitFlowConfig
+from orbitflow_sglang.engine import hooks, sizing
+
+logger = logging.getLogger(__name__)
+ResolutionHook = Callable[[Any, Callable[[Any], None]], None]
+
+CPU_PAGE_SIZE = 16
+
+# Field of ServerArgs, the values that are fine, why others are not. The flag is the
+# field's name with dashes; the fix is to leave the flag out.
+_BUFFERS = "it addresses KV by its slot in a per-layer buffer, and a slot has no fixed place"
+_ONE_RANK = "decisions of several ranks are not kept in step yet"
+_TIERS = "it moves KV between device and host by itself"
+_UNTESTED = "it changes which KV a step reads or writes, and has not been made to work with it"
+_PROCESS = "SGLang does not load plugins in the processes that it starts"
+_RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("tp_size", (1,), _ONE_RANK),
+    ("pp_size", (1,), _ONE_RANK),
+    ("dp_size", (1,), _ONE_RANK),
+    ("nnodes", (1,), _ONE_RANK),
+    ("dcp_size", (1,), _ONE_RANK),
+    ("attn_cp_size", (1,), _ONE_RANK),
+    ("enable_prefill_cp", (False,), _ONE_RANK),
+    ("scheduler_recv_interval", (1,), _ONE_RANK),
+    ("speculative_algorithm", (None,), "draft and verify write several tokens at guessed slots"),
+    ("disaggregation_mode", ("null",), _BUFFERS),
+    ("enable_pdmux", (False,), _UNTESTED),
+    ("encoder_only", (False,), "there is no KV to place"),
+    ("language_only", (False,), _UNTESTED),
+    ("enable_hierarchical_cache", (False,), _TIERS),
+    ("enable_lmcache", (False,), _TIERS),
+    ("enable_flexkv", (False,), _TIERS),
+    ("enable_hisparse", (False,), _TIERS),
+    ("enable_unified_cache_external_linker", (False,), _TIERS),
+    ("enable_kv_cache_sharding", (False,), _BUFFERS),
+    ("enable_unified_memory", (False,), _BUFFERS),
+    ("enable_page_major_kv_layout", (False,), _BUFFERS),
+    ("enable_memory_saver", (False,), "the arena must stay where it is"),
+    ("kv_canary", ("none",), _BUFFERS),
+    ("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "quantised KV is not supported yet"),
+    ("radix_cache_backend", (None,), _UNTESTED),
+    ("enable_session_radix_cache", (False,), _UNTESTED),
+    ("enable_streaming_session", (False,), _UNTESTED),
+    ("enable_deterministic_inference", (False,), _UNTESTED),
+    ("dllm_algorithm", (None,), _UNTESTED),
+    ("enable_two_batch_overlap", (False,), _UNTESTED),
+    ("enable_single_batch_overlap", (False,), _UNTESTED),
+    ("enable_torch_compile", (False,), _UNTESTED),
+    ("prefill_only_disable_kv_cache", (False,), "there is no KV to place"),
+    ("use_ray", (False,), _PROCESS),
+    ("smg_grpc_mode", (False,), _PROCESS),
+    ("grpc_mode", (False,), _PROCESS),
+    ("tokenizer_worker_num", (1,), _PROCESS),
+)
+
+
+def check_sglang_version() -> None:
+    """Raise ``ConfigError`` for any SGLang but the one whose internals are known."""
+    installed = importlib.metadata.version("sglang")
+    if installed != SUPPORTED_SGLANG:
+        raise ConfigError(
+            f"--enable-orbitflow works with sglang {SUPPORTED_SGLANG}, found {installed}: "
+            f"install sglang=={SUPPORTED_SGLANG}, or leave --enable-orbitflow out"
+        )
+
+
+def register_resolution_hooks(wrap: Callable[[ResolutionHook], ResolutionHook]) -> None:
+    """Take part in SGLang's resolution of arguments; ``wrap`` decides how a refusal ends it."""
+    register_resolution_hook("handle_missing_default_values")(wrap(choose_defaults))
+    register_resolution_hook("handle_model_specific_adjustments")(wrap(check_model_first))
+    register_resolution_hook("handle_model_capability_adjustments")(wrap(check_last))
+
+
+def choose_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Fill in what the operator left open, before SGLang would.
+
+    All plugins have been loaded by now, so the launcher's hooks must be in place.
+    """
+    hooks.verify(hooks.LAUNCHER)
+    view = resolving_view(server_args)
+    check_arguments(view)
+    if view.attention_backend is None:
+        _declare(server_args, attention_backend=ATTENTION_BACKEND)
+    if view.page_size is None:
+        _declare(server_args, page_size=CPU_PAGE_SIZE)
+        logger.info("OrbitFlow chose --page-size %d", CPU_PAGE_SIZE)
+    previous(server_args)
+
+
+def check_model_first(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse a model before SGLang adjusts, or refuses, arguments for its sake."""
+    check_model(model_config_of(server_args))
+    previous(server_args)
+
+
+def check_last(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse what cannot work, once everything else is resolved."""
+    previous(server_args)
+    view = resolved_view(server_args)
+    check_arguments(view)
+    config = OrbitFlowConfig.from_env()
+    assert config is not None
+    layers = model_config_of(server_args).num_attention_layers
+    sizing.check_sizes(config, layers, view.page_size, sizing.free_host_bytes())
+
+
+def check_arguments(view: Any) -> None:
+    """Raise ``ConfigError`` that names the flag, the reason and the fix.
+
+    What is None is still to be resolved.
+    """
+    for field, accepted, reason in _RULES:
+        value = getattr(view, field)
+        if value not in accepted:
+            given = "" if value is True else f" {value}"
+            raise _refusal(f"--{field.replace('_', '-')}{given}", reason)
+    if view.device is not None and view.device.split(":")[0] != "cpu":
+        raise ConfigError(
+            f"--enable-orbitflow does not support --device {view.device} yet: the kernels that "
+            "attention needs there are still to come. Serve on the CPU (--device cpu, with "
+            "SGLANG_PLATFORM=orbitflow_native), or leave --enable-orbitflow out"
+        )
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        backend = getattr(view, field)
+        if backend not in (None, ATTENTION_BACKEND):
+            flag = f"--{field.replace('_', '-')}"
+            raise ConfigError(
+                f"--enable-orbitflow does not support {flag} {backend}: it does not "
+                f"read KV through the page table. Use {ATTENTION_BACKEND}, or leave the flag out"
+            )
+    if view.chunked_prefill_size is not None and view.chunked_prefill_size <= 0:
+        raise _refusal(
+            f"--chunked-prefill-size {view.chunked_prefill_size}",
+            "a prompt larger than the arena is prefilled by chunks",
+        )
+    for variable in ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE"):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t"):
+            raise _refusal(variable, _PROCESS if "RUST" in variable else _BUFFERS)
+
+
+def check_model(model: Any) -> None:
+    """Raise ``ConfigError`` when the model's KV is not plain multi-head or grouped-query."""
+    text = model.hf_text_config
+    layer_types = getattr(text, "layer_types", None) or ()
+    kinds = {
+        "multi-head latent attention": model.attention_arch == AttentionArch.MLA,
+        # SGLang keeps a pool of its own for some such models only; the attention of the
+        # others comes with a window, which orbitflow_torch would ignore.
+        "sliding-window attention": model.is_hybrid_swa or "sliding_attention" in layer_types,
+        "a cap on attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
+        "state-space or linear-attention layers": (
+            model.attention_arch == AttentionArch.SSM or mambaish_config(model) is not None
+        ),
+        "an encoder and a decoder": model.is_encoder_decoder,
+        "multimodal input": model.is_multimodal,
+        "no text generation": not model.is_generation,
+        "values of another width than keys": model.v_head_dim != model.head_dim,
+    }
+    for kind, present in kinds.items():
+        if present:
+            raise ConfigError(
+                f"--enable-orbitflow does not support --model-path {model.model_path}: it has "
+                f"{kind}, and only plain multi-head or grouped-query decoders are supported. "
+                "Serve it without --enable-orbitflow"
+            )
+
+
+def check_layers(model: torch.nn.Module) -> None:
+    """Raise ``ConfigError`` for attention that ``orbitflow_torch`` would compute without a part.
+
+    Called on the loaded model: its configuration need not tell, its layers do.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, RadixAttention):
+            continue
+        kinds = {
+            "a sliding window": layer.sliding_window_size > -1,
+            "a cap on logits": bool(layer.logit_cap),
+        }
+        for kind, present in kinds.items():
+            if present:
+                raise ConfigError(
+                    f"--enable-orbitflow does not support this model: its attention has {kind}. "
+                    "Serve it without --enable-orbitflow"
+                )
+
+
+def _refusal(what: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--enable-orbitflow does not support {what}: {reason}. Leave out one of the two"
+    )
+
+
+def _declare(server_args: Any, **fields: Any) -> None:
+    declare_resolution(server_args, "orbitflow", **fields)

@@ -1,0 +1,116 @@
+"""Every symbol of SGLang that OrbitFlow wraps, in one table, and the proof that it is wrapped.
+
+SGLang logs and swallows what goes wrong when hooks are applied. A missing hook here
+would mean wrong tokens, so each is looked for once it should be in place, and the
+process ends if it is not there exactly once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+# Set for tests only: the policies that a running server can be switched between.
+TEST_CONTROL_ENV = "ORBITFLOW_TEST_CONTROL"
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_INTERNAL_STATE = (
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+)
+_METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """``function``, a name in ``orbitflow_sglang.engine``, around or after ``target``."""
+
+    target: str
+    kind: HookType
+    function: str
+
+    def resolve(self) -> Callable[..., Any]:
+        module, name = self.function.split(":")
+        function = getattr(importlib.import_module(f"orbitflow_sglang.engine.{module}"), name)
+        assert callable(function)
+        return function
+
+
+# Wrapped wherever the plugin is installed: plugins load before the command line is read.
+ALWAYS = (
+    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", HookType.AFTER, "launcher:add_cli_args"),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args", HookType.AROUND, "launcher:from_cli_args"
+    ),
+)
+# Wrapped in the launcher once --enable-orbitflow has been seen.
+LAUNCHER = (
+    Hook(
+        "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+        HookType.AFTER,
+        "launcher:check_handshake",
+    ),
+)
+# Wrapped in scheduler processes of a server with OrbitFlow.
+SCHEDULER = (
+    Hook(f"{_CONFIGURATOR}.config_from_budget", HookType.AROUND, "memory:config_from_budget"),
+    Hook(f"{_CONFIGURATOR}.resolve_max_num_reqs", HookType.AFTER, "memory:resolve_max_num_reqs"),
+    Hook(f"{_CONFIGURATOR}._resolve_kv_pool_class", HookType.AROUND, "memory:resolve_pool_class"),
+    Hook(
+        f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator",
+        HookType.AROUND,
+        "memory:build_allocator",
+    ),
+    Hook(f"{_SCHEDULER}.run_batch", HookType.AROUND, "scheduler:run_batch"),
+    Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
+    Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),
+    Hook(f"{_METRICS}.log_stats", HookType.AFTER, "inspection:log_stats"),
+)
+# Only under ``TEST_CONTROL_ENV``.
+TEST_CONTROL = (
+    Hook(f"{_INTERNAL_STATE}._update_handlers", HookType.AFTER, "test_control:update_handlers"),
+)
+
+
+def register(hooks: tuple[Hook, ...]) -> None:
+    """Hand ``hooks`` to SGLang, which applies them when all plugins have been loaded."""
+    for hook in hooks:
+        HookRegistry.register(hook.target, hook.resolve(), hook.kind)
+
+
+def verify(hooks: tuple[Hook, ...]) -> None:
+    """End the process unless each of ``hooks`` wraps its target exactly once."""
+    for hook in hooks:
+        if (count := occurrences(hook)) != 1:
+            raise SystemExit(
+                f"OrbitFlow's hook on {hook.target} is in place {count} times instead of once. "
+                "Another plugin may wrap the same symbol (try SGLANG_PLUGINS=orbitflow), or SGLang "
+                "has been changed (reinstall the supported version)"
+            )
+
+
+def occurrences(hook: Hook) -> int:
+    """How often ``hook`` is found in the chain of wrappers around its target."""
+    owner, name = hook.target.rsplit(".", 1)
+    wrapper = getattr(pkgutil.resolve_name(owner), name)
+    wrapper = getattr(wrapper, "__func__", wrapper)
+    function, count = hook.resolve(), 0
+    while wrapper is not None:
+        cells = getattr(wrapper, "__closure__", None) or ()
+        count += sum(cell.cell_contents is function for cell in cells)
+        wrapper = getattr(wrapper, "__wrapped__", None)
+    return count
+
+
+def child_role() -> str | None:
+    """The function that this process was started to run; None in the launcher."""
+    if multiprocessing.parent_process() is None:
+        return None
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    return getattr(target, "__name__", "unknown")

@@ -1,0 +1,80 @@
+"""Hooks of the launcher: the command line, and the check that the schedulers took part."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.utils import kill_process_tree
+
+from orbitflow_sglang import config
+from orbitflow_sglang.engine import hooks
+
+HANDSHAKE = "orbitflow"
+
+_enabled = False
+
+
+def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """After ``ServerArgs.add_cli_args``: our group of flags."""
+    config.add_arguments(parser)
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, namespace: argparse.Namespace) -> Any:
+    """Around ``ServerArgs.from_cli_args``: turns OrbitFlow on when the flag is there."""
+    with _refusal_ends_the_process():
+        wanted = config.from_arguments(namespace)
+        if wanted is None and config.CONFIG_ENV in os.environ:
+            raise config.ConfigError(
+                f"{config.CONFIG_ENV} is set but --enable-orbitflow is not given: "
+                "unset it, or add the flag"
+            )
+        if wanted is not None:
+            enable(wanted, command_line=True)
+            HookRegistry.apply_hooks()
+    return original(cls, namespace)
+
+
+@contextmanager
+def _refusal_ends_the_process() -> Iterator[None]:
+    """One line instead of a traceback, as argparse does it."""
+    try:
+        yield
+    except config.ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def enable(wanted: config.OrbitFlowConfig, command_line: bool = False) -> None:
+    """Turn OrbitFlow on in the launcher and in the processes that it will start.
+
+    Arguments that it cannot work with end the process where they come from a
+    ``command_line``; elsewhere ``ConfigError`` is raised. The hooks are only registered
+    here: while plugins are still being loaded it is SGLang that applies them, or those
+    of a later plugin would be left out.
+    """
+    from orbitflow_sglang.engine import compat
+
+    global _enabled
+    compat.check_sglang_version()
+    wanted.export()
+    if not _enabled:
+        _enabled = True
+        hooks.register(hooks.LAUNCHER)
+        compat.register_resolution_hooks(
+            _refusal_ends_the_process() if command_line else lambda hook: hook
+        )
+
+
+def check_handshake(result: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``Engine._launch_subprocesses``: every scheduler must have said that it is hooked."""
+    scheduler_infos = result[3].scheduler_infos
+    if not all(info.get(HANDSHAKE) for info in scheduler_infos):
+        kill_process_tree(os.getpid(), include_parent=False)
+        raise SystemExit(
+            "--enable-orbitflow: a scheduler process started without OrbitFlow's hooks; its log "
+            "says why the plugin failed there. SGLANG_PLUGINS, if set, must contain orbitflow"
+        )

@@ -1,0 +1,280 @@
+"""Joins policy and residency store: from a batch of the engine to one step of the store.
+
+A step begins when the attention backend prepares its metadata and ends when the
+forward pass returns. While nothing is placed on the host, a step costs one look-up
+of extents: no tables, no copies, no placement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from orbitflow_sglang.planner.policies import Policy, fit
+from orbitflow_sglang.planner.units import group_pages
+from orbitflow_sglang.residency.store import NO_PAGES, LayerPass, ResidencyStore, Step
+
+
+@dataclass(frozen=True)
+class LiveRequest:
+    """A request that holds KV, running or between two chunks of its prompt."""
+
+    rid: str
+    row: int  # of req_to_token
+    tokens: int  # with a slot, the ones this step writes included
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """A forward pass as the engine sees it; one entry per request."""
+
+    rows: Sequence[int]
+    seq_lens: Sequence[int]  # tokens behind this pass, new ones included
+    prefix_lens: Sequence[int] | None  # tokens before this pass; None: a decode step
+    slots: np.ndarray  # token slots written, int64, one per row of K and V
+
+    @property
+    def before(self) -> Sequence[int]:
+        """Tokens that each request had before this pass."""
+        if self.prefix_lens is None:
+            return [length - 1 for length in self.seq_lens]
+        return self.prefix_lens
+
+
+@dataclass
+class _Uniform:
+    """A step in which a page lies at one id in every layer."""
+
+    pages: list[torch.Tensor]
+    tokens: list[int]
+    slots: torch.Tensor
+
+
+@dataclass
+class Counters:
+    """Totals since start."""
+
+    steps: int = 0
+    tiered_steps: int = 0  # steps with tables: some page was on the host or had to move
+    placements: int = 0
+    idle_checks: int = 0
+    failed_idle_checks: int = 0
+
+
+class Runtime:
+    """One rank's OrbitFlow. The scheduler's thread owns it."""
+
+    current: ClassVar[Runtime | None] = None  # of this process, for those SGLang tells nothing
+
+    def __init__(self, store: ResidencyStore, policy: Policy) -> None:
+        self.store = store
+        self.policy = policy
+        self.counters = Counters()
+        self.decode_batch_sizes: Counter[int] = Counter()
+        self.req_to_token = np.zeros((0, 0), dtype=np.int32)
+        self.live: Callable[[], list[LiveRequest]] = list
+        self.cached_pages: Callable[[], np.ndarray] = lambda: NO_PAGES  # of the radix tree
+        self.before_step: Callable[[Runtime], None] | None = None  # test control only
+        self._uniform: _Uniform | None = None
+        self._masks: dict[str, np.ndarray] = {}  # placement of each live request's new pages
+        self._placed_at_step = 0
+        self._checked_at: tuple[int, int] | None = None
+        Runtime.current = self
+
+    def set_policy(self, policy: Policy) -> None:
+        """Place by another policy from the next step on."""
+        self.policy = policy
+        self._masks = {}
+
+    # --- one step -------------------------------------------------------------
+
+    def begin(self, step: StepInput) -> None:
+        """Make the pages of ``step`` ready to be written and read."""
+        if self.store.step is not None:  # given up without an end: nobody reads it any more
+            self.end()
+        if self.before_step is not None:
+            self.before_step(self)
+        self.counters.steps += 1
+        if step.prefix_lens is None:
+            self.decode_batch_sizes[len(step.rows)] += 1
+        pages = [
+            self._pages(row, length) for row, length in zip(step.rows, step.seq_lens, strict=True)
+        ]
+        self._uniform = None if self.policy.spills else self._begin_uniform(step, pages)
+        if self._uniform is None:
+            self.counters.tiered_steps += 1
+            self._begin_tiered(step, pages, self.live())
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store the step's new K and V of one layer, ``[tokens, kv_heads, head_dim]``."""
+        if self._uniform is None:
+            self.store.write(layer, k, v)
+            return
+        for new, arena in zip((k, v), self.store.arena.layer_view(layer), strict=True):
+            arena.view(-1, *arena.shape[2:])[self._uniform.slots] = new
+
+    def passes(self, layer: int) -> Iterator[LayerPass]:
+        """The parts in which ``layer`` is attended; each is valid until the next is asked for."""
+        if self._uniform is None:
+            yield from self.store.passes(layer)
+        else:
+            k, v = self.store.arena.layer_view(layer)
+            yield LayerPass(k, v, self._uniform.pages, self._uniform.tokens)
+
+    def end(self) -> None:
+        """The forward pass is over, or was given up."""
+        self._uniform = None
+        if self.store.step is not None:
+            self.store.end()
+
+    def pages_of(self, request: LiveRequest) -> np.ndarray:
+        """Logical pages of a request, in the order of its tokens."""
+        return self._pages(request.row, request.tokens)
+
+    # --- between steps --------------------------------------------------------
+
+    def check_idle(self) -> list[str]:
+        """Violated invariants of an idle server, in words; looked at once an idle period.
+
+        Every page in use belongs to the radix tree, and nothing is under way.
+        """
+        in_use = self.store.table.pages_in_use()
+        now = (self.counters.steps, len(in_use))
+        if now == self._checked_at:
+            return []
+        self._checked_at = now
+        self.counters.idle_checks += 1
+        self.store.quiesce()
+        found = self.store.check()
+        cached = np.unique(self.cached_pages())
+        if not np.array_equal(cached, in_use):
+            lost, foreign = np.setdiff1d(in_use, cached), np.setdiff1d(cached, in_use)
+            found.append(
+                f"{lost.size} pages in use belong to no cached prefix {lost[:8]}, "
+                f"{foreign.size} cached pages have no place {foreign[:8]}"
+            )
+        self.counters.failed_idle_checks += bool(found)
+        return found
+
+    # --- inside ---------------------------------------------------------------
+
+    def _pages(self, row: int, tokens: int) -> np.ndarray:
+        size = self.store.layout.page_size
+        return self.req_to_token[row, :tokens:size] // size
+
+    def _begin_uniform(self, step: StepInput, pages: list[np.ndarray]) -> _Uniform | None:
+        size = self.store.layout.page_size
+        first_new, read, tokens = spans(step, size)
+        new = np.concatenate([p[first:] for p, first in zip(pages, first_new, strict=True)])
+        starts = self.store.begin_uniform(np.concatenate(pages), new[new > 0])
+        if starts is None:
+            return None
+        extent = self.store.table.extent
+        ids = torch.from_numpy(starts).split([len(p) for p in pages])
+        return _Uniform(
+            pages=[i[:n] for i, n in zip(ids, read, strict=True)],
+            tokens=tokens,
+            slots=torch.from_numpy(
+                extent[step.slots // size].astype(np.int64) * size + step.slots % size
+            ),
+        )
+
+    def _begin_tiered(
+        self, step: StepInput, pages: list[np.ndarray], live: list[LiveRequest]
+    ) -> None:
+        size = self.store.layout.page_size
+        first_new, read, tokens = spans(step, size)
+        in_pass = set(step.rows)
+        held = [self.pages_of(request) for request in live]
+        idle = [p for p, r in zip(held, live, strict=True) if r.row not in in_pass]
+        partial = [p[-1:] for p, r in zip(held, live, strict=True) if r.tokens % size]
+        new_tails, new_full, rows, written = [], [], [], []
+        first_row = 0
+        requests = zip(pages, first_new, step.before, step.seq_lens, strict=True)
+        for p, first, before, length in requests:
+            # A decode step reads the page it fills, so that page is open like a tail.
+            full = len(p) if length % size == 0 and step.prefix_lens is not None else len(p) - 1
+            new_full.append(p[first:full])
+            rows.append(first_row + first * size - before + size * np.arange(max(0, full - first)))
+            new_tails.append(p[max(first, full) :])
+            written.append(p[before // size : before // size + 1] if before % size else p[:0])
+            written.append(new_tails[-1])
+            first_row += length - before
+        tails = _joined(new_tails)
+        store_step = Step(
+            reads=[p[:n].astype(np.int64) for p, n in zip(pages, read, strict=True)],
+            read_tokens=tokens,
+            slots=step.slots,
+            new_tails=tails[tails > 0],
+            new_full=_joined(new_full),
+            new_full_rows=_joined(rows),
+            open_pages=np.unique(_joined([*partial, *written])),
+            idle_pages=_joined(idle),
+        )
+        self._place(live, held, store_step)
+        self.store.begin(store_step)
+
+    # --- placement ------------------------------------------------------------
+
+    def _place(self, live: list[LiveRequest], held: list[np.ndarray], step: Step) -> None:
+        """Say where the pages of live requests should live, if it must be said anew."""
+        table, layers = self.store.table, self.store.layout.layers
+        reserve = layers * max(1, len(live))
+        self.store.reserve_pages = min(reserve, self.store.capacity.main_pages // 4)
+        room = self.store.capacity.main_pages - layers * len(step.open_pages)
+        rids = [request.rid for request in live]
+        if self._masks.keys() == set(rids) and not self._period_over():
+            for rid, pages in zip(rids, held, strict=True):
+                new = pages[~table.in_use[pages]]
+                if len(new):
+                    self.store.place(new, self._masks[rid])
+            if self._resident(held, step.open_pages) <= room:
+                return
+        units = group_pages(held, len(table.in_use))
+        placement = fit(
+            self.policy.place(units.count, layers),
+            units.sizes,
+            max(0, room - self.store.reserve_pages),
+            self._host_room(held),
+        )
+        for pages, mask in zip(units.pages, placement, strict=True):
+            self.store.place(pages, mask)
+        # The first units are the private ones, in the order of the requests.
+        self._masks = dict(zip(rids, placement, strict=False))
+        self._placed_at_step = self.counters.steps
+        self.counters.placements += 1
+
+    def _period_over(self) -> bool:
+        period = self.policy.period
+        return period is not None and self.counters.steps - self._placed_at_step >= period
+
+    def _resident(self, held: list[np.ndarray], open_pages: np.ndarray) -> int:
+        """Arena pages that the placement in force gives to closed pages of live requests."""
+        wanted = np.zeros_like(self.store.table.in_use)
+        wanted[_joined(held)] = True
+        wanted[open_pages] = False
+        return int((~self.store.table.want_host[:, wanted]).sum())
+
+    def _host_room(self, held: list[np.ndarray]) -> int:
+        """Host pages for live requests when everything cached has had to leave the arena."""
+        table = self.store.table
+        cached = table.in_use.copy()
+        cached[_joined(held)] = False
+        return max(0, self.store.host.num_pages - self.store.layout.layers * int(cached[1:].sum()))
+
+
+def spans(step: StepInput, size: int) -> tuple[list[int], list[int], list[int]]:
+    """Per request: the first new page, the pages that are read back, the tokens in those."""
+    first_new = [-(-before // size) for before in step.before]
+    # A decode step reads its new token back, an extend step has its own at hand.
+    tokens = list(step.seq_lens if step.prefix_lens is None else step.before)
+    return first_new, [-(-count // size) for count in tokens], tokens
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([NO_PAGES, *parts]).astype(np.int64)

@@ -1,0 +1,123 @@
+"""How large the arena, the ring, the host store and the logical capacity are."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from orbitflow_sglang.config import ConfigError, OrbitFlowConfig, flag
+from orbitflow_sglang.planner.policies import make_policy
+from orbitflow_sglang.residency.layout import Capacity
+
+logger = logging.getLogger(__name__)
+Number = TypeVar("Number", int, float)
+
+MAX_DEFAULT_ARENAS_ON_HOST = 8
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUP_USAGE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What SGLang found: tokens are counted as resident in every layer."""
+
+    profiled_tokens: int  # device memory allows that many
+    max_total_tokens: int | None  # --max-total-tokens
+    layers: int
+    page_size: int
+    token_bytes: int  # K and V of one token in all layers
+
+
+def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: int) -> Capacity:
+    """Page counts for this rank; raises ``ConfigError`` when they cannot work.
+
+    Every size that the operator left open is logged with the flag that sets it.
+    """
+    layers, size = budget.layers, budget.page_size
+    page_bytes = budget.token_bytes * size // layers
+    spills = make_policy(config.policy).spills
+    arena = _arena_tokens(config, budget) // size * layers
+    ring = _ring_pages(config, arena) if spills else 0
+    if spills and config.ring_pages is None:
+        _chosen("ring_pages", ring, "pages of one layer")
+    main = _main_pages(arena, ring, layers)
+    host = _host_bytes(config, arena * page_bytes, free_host_bytes) // page_bytes if spills else 0
+    logical = (main + host) // layers
+    if budget.max_total_tokens is not None:
+        logical = min(logical, budget.max_total_tokens // size)
+    return Capacity(arena_pages=arena, ring_pages=ring, host_pages=host, logical_pages=logical)
+
+
+def check_sizes(config: OrbitFlowConfig, layers: int, page_size: int, free_host_bytes: int) -> None:
+    """Raise what ``resolve_capacity`` would, as far as that is known before a model is loaded."""
+    spills = make_policy(config.policy).spills
+    if config.arena_tokens is not None:
+        arena = config.arena_tokens // page_size * layers
+        _main_pages(arena, _ring_pages(config, arena) if spills else 0, layers)
+    if spills and config.host_memory_gb is not None:
+        _host_bytes(config, 0, free_host_bytes)
+
+
+def free_host_bytes() -> int:
+    """Memory that this process may still take: the machine's, bounded by the cgroup's."""
+    free = int(psutil.virtual_memory().available)
+    for limit, usage in zip(CGROUP_LIMITS, CGROUP_USAGE, strict=True):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(usage).read_text()))
+        except (OSError, ValueError):  # no such cgroup version, or "max"
+            continue
+    return max(0, free)
+
+
+def _arena_tokens(config: OrbitFlowConfig, budget: Budget) -> int:
+    if config.arena_tokens is not None:
+        if config.arena_tokens > budget.profiled_tokens:
+            raise ConfigError(
+                f"{flag('arena_tokens')} {config.arena_tokens}: device memory has room for "
+                f"{budget.profiled_tokens} tokens. Lower it, or raise --mem-fraction-static"
+            )
+        return config.arena_tokens
+    if config.arena_fraction is not None:
+        return int(config.arena_fraction * budget.profiled_tokens)
+    tokens = budget.profiled_tokens
+    if budget.max_total_tokens is not None:
+        tokens = min(tokens, budget.max_total_tokens)
+    return _chosen("arena_tokens", tokens, "tokens")
+
+
+def _ring_pages(config: OrbitFlowConfig, arena_pages: int) -> int:
+    return config.ring_pages or max(2, arena_pages // 8)
+
+
+def _main_pages(arena: int, ring: int, layers: int) -> int:
+    main = arena - ring
+    if main < 2 * layers:
+        raise ConfigError(
+            f"an arena of {arena} pages leaves {max(main, 0)} outside the ring of {ring}; even one "
+            f"request needs {2 * layers} (two pages in each of {layers} layers): raise "
+            f"{flag('arena_tokens')}, or lower {flag('ring_pages')} or --page-size"
+        )
+    return main
+
+
+def _host_bytes(config: OrbitFlowConfig, arena_bytes: int, free_bytes: int) -> int:
+    if config.host_memory_gb is None:
+        chosen = min(free_bytes // 2, MAX_DEFAULT_ARENAS_ON_HOST * arena_bytes)
+        _chosen("host_memory_gb", round(chosen / 1e9, 3), "10^9 bytes")
+        return chosen
+    wanted = int(config.host_memory_gb * 1e9)
+    if wanted > free_bytes:
+        raise ConfigError(
+            f"{flag('host_memory_gb')} {config.host_memory_gb} is more than the "
+            f"{free_bytes / 1e9:.2f} free on this host (within its cgroup): lower it"
+        )
+    return wanted
+
+
+def _chosen(field: str, value: Number, unit: str) -> Number:
+    logger.info("OrbitFlow chose %s = %s (%s)", flag(field), value, unit)
+    return value

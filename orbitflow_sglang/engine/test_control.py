@@ -1,0 +1,60 @@
+"""Remote control for tests, through SGLang's ``/set_internal_state``.
+
+Only there when the environment variable ``ORBITFLOW_TEST_CONTROL`` holds a
+comma-separated list of policies. ``{"orbitflow_policy": i}`` places by the i-th of
+them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host copies of
+the next n steps' first offloaded page, which must turn an identity test red.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from sglang.srt.managers.scheduler_components.internal_state import (
+    UpdateRejected,
+    _UpdateHandler,
+)
+
+from orbitflow_sglang.engine.hooks import TEST_CONTROL_ENV
+from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.scheduler import runtime_of
+from orbitflow_sglang.planner.policies import make_policy
+from orbitflow_sglang.residency.page_table import PageState
+
+
+def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """After ``_update_handlers``: adds the two commands."""
+    runtime = runtime_of(controller.scheduler)
+    names = os.environ[TEST_CONTROL_ENV].split(",")
+
+    def validate(key: str, value: Any) -> None:
+        if key == "orbitflow_policy" and not 0 <= int(value) < len(names):
+            raise UpdateRejected(f"{key} must index {names}")
+
+    def set_policy(key: str, value: Any) -> None:
+        runtime.set_policy(make_policy(names[int(value)]))
+
+    def corrupt(key: str, value: Any) -> None:
+        runtime.before_step = _Corruption(int(value))
+
+    return {
+        **handlers,
+        "orbitflow_policy": _UpdateHandler(validate, set_policy),
+        "orbitflow_corrupt": _UpdateHandler(validate, corrupt),
+    }
+
+
+class _Corruption:
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def __call__(self, runtime: Runtime) -> None:
+        store = runtime.store
+        layers, pages = np.nonzero(store.table.state == PageState.HOST)
+        if self._left and len(layers):
+            self._left -= 1
+            page = int(store.table.host_page[layers[0], pages[0]])
+            store.host.k[page].add_(1)
+            store.host.v[page].add_(1)
