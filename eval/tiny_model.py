@@ -119,9 +119,7 @@ def _write_tokenizer(folder: Path, model: TinyModel) -> None:
         show_progress=False,
     )
     library = Path(sysconfig.get_paths()["stdlib"])
-    texts = (
-        (library / f"{name}.py").read_text(encoding="utf-8") for name in TRAINING_MODULES
-    )
+    texts = ((library / f"{name}.py").read_text(encoding="utf-8") for name in TRAINING_MODULES)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(

@@ -1,0 +1,78 @@
+# OrbitFlow for SGLang. `make` lists the targets; `serve` and `test` need nothing else done before.
+
+# The interpreter that creates .venv; Python 3.11 or newer.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Give CPU=1 to set up without CUDA where there is a GPU.
+CPU ?=
+# A model's folder to serve instead of the embedded tiny model.
+MODEL ?=
+# Passed on as they are: make serve ARGS="--policy all-host -- --page-size 16"
+ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+STAMP := .venv/.set-up
+# Nothing is looked up on the network once the set-up is done.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | \
+	  while read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP) ## create .venv and install everything (CPU=1: without CUDA)
+
+# torch comes first and with its dependencies: the default build needs the libraries that it
+# declares. The rest is closed and pinned: SGLang's own list would bring 10 GB of CUDA packages.
+$(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
+	@rm -f $@
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer \
+	is needed: make setup PYTHON=/path/to/python")'
+	@test -x $(PY) || { echo "Creating .venv"; "$(PYTHON)" -m venv .venv; }
+	@if [ -z "$(CPU)" ] && nvidia-smi >/dev/null 2>&1; then \
+	  echo "Installing SGLang with CUDA and the project (over 10 GB)" && \
+	  $(PIP) -e '.[cuda,dev]'; \
+	else \
+	  echo "Installing torch 2.13.0" && \
+	  $(PIP) torch==2.13.0 && \
+	  echo "Installing SGLang 0.5.23 for CPU and the tools" && \
+	  $(PIP) --no-deps -r requirements/cpu.txt -r requirements/dev.txt && \
+	  echo "Installing the project" && \
+	  $(PIP) --no-deps --no-build-isolation -e .; \
+	fi
+	@touch $@
+
+serve: setup ## serve the tiny model, or MODEL=/path, with OrbitFlow on
+	@$(OFFLINE) MODEL="$(MODEL)" $(PY) -m eval.serve $(ARGS)
+
+tiny-model: setup ## make the tiny model; its path is the last line (make -s tiny-model)
+	@$(PY) -m eval.tiny_model
+
+demo: setup ## long requests at once, with layers on device and host, against stock SGLang
+	@$(OFFLINE) $(PY) -m eval.demo $(ARGS)
+
+# A test's limit includes the start of the server that it is the first to use.
+test: setup lint ## lint, types and every test that can run here
+	$(OFFLINE) $(PY) -m pytest --timeout 900 $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test-full: setup ## the full identity matrix; writes eval/results/identity/
+	ORBITFLOW_TEST_FULL=1 ORBITFLOW_TEST_SUMMARY=eval/results/identity/summary.json \
+	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
+	  $(PY) -m pytest --timeout 3600 tests/engine $(ARGS)
+
+bench-overhead: setup ## decode throughput, all resident, against stock SGLang
+	@$(OFFLINE) $(PY) -m eval.bench.overhead $(ARGS)
+
+bench-stream: setup ## measured step time over an emulated link, against the bound
+	@$(OFFLINE) $(PY) -m eval.bench.stream $(ARGS)
+
+clean: ## remove .venv, the tiny models, logs and caches
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks on real servers; each writes what it measured under ``eval/results/``."""

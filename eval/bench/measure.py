@@ -1,0 +1,203 @@
+"""What the benchmarks share: decode steps timed at the client, and what to record with them.
+
+All requests of a batch are sent at once. SGLang prefills them all before it decodes, so
+between the last first token and the first last token every step decodes the whole batch.
+Times are taken at events of the streams, which come only every ``STREAM_INTERVAL`` tokens:
+what it costs to stream would otherwise be taken from the model's two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eval.client import Client
+from eval.identity import FIRST_ORDINARY_TOKEN
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "eval" / "results" / "cpu"
+QUICK_RESULTS = ROOT / ".cache" / "bench"  # of smoke runs: not to be committed
+STREAM_INTERVAL = 8
+VOCAB_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Event:
+    """So many tokens of one request had arrived at that time."""
+
+    at_s: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DecodeWindow:
+    """The time in which all requests of a batch decode."""
+
+    begin_s: float
+    end_s: float
+    requests: int
+    tokens_per_s: float  # of the whole batch
+
+    @property
+    def step_s(self) -> float:
+        """Seconds for one step, which gives every request one token."""
+        return self.requests / self.tokens_per_s
+
+
+def decode_window(streams: Sequence[Sequence[Event]]) -> DecodeWindow:
+    """Throughput while all of ``streams`` decode; raises ``ValueError`` if they never do.
+
+    Of each request the first and the last event within the window count, so the time is
+    that of whole steps.
+    """
+    begin = max(events[0].at_s for events in streams)
+    end = min(events[-1].at_s for events in streams)
+    rate = 0.0
+    for events in streams:
+        inside = [event for event in events if begin <= event.at_s <= end]
+        if len(inside) < 2 or inside[-1].at_s <= inside[0].at_s:
+            raise ValueError("the requests did not decode together: ask for more tokens")
+        first, last = inside[0], inside[-1]
+        rate += (last.tokens - first.tokens) / (last.at_s - first.at_s)
+    return DecodeWindow(begin, end, len(streams), rate)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several values, the middle and the ends."""
+
+    median: float
+    least: float
+    most: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.least:.3f} to {self.most:.3f})"
+
+
+def random_prompts(requests: int, tokens: int, seed: int) -> list[list[int]]:
+    chance = random.Random(seed)
+    return [
+        [chance.randrange(FIRST_ORDINARY_TOKEN, VOCAB_SIZE) for _ in range(tokens)]
+        for _ in range(requests)
+    ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is asked of the server in one measurement; the prompts differ with the seed."""
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+    def measure(
+        self, client: Client, seed: int, on_event: Callable[[int], None] | None = None
+    ) -> DecodeWindow:
+        """Sends the batch and times its decode steps; nothing of it is left in the cache.
+
+        ``on_event(tokens)`` is called, by any thread, when every request has so many tokens.
+        """
+        prompts = random_prompts(self.requests, self.prompt_tokens, seed)
+        watch = _Watch(self.requests, on_event)
+        pool = ThreadPoolExecutor(self.requests, thread_name_prefix="stream")
+        try:
+            futures: list[Future[list[Event]]] = [
+                pool.submit(_stream, client, prompt, self.output_tokens, watch, i)
+                for i, prompt in enumerate(prompts)
+            ]
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            # Not waiting: when interrupted, the threads end as their server does.
+            pool.shutdown(wait=False, cancel_futures=True)
+        client.flush_cache()
+        return decode_window([future.result() for future in futures])
+
+
+class _Watch:
+    """Tells how many tokens the slowest request of a batch has."""
+
+    def __init__(self, requests: int, on_event: Callable[[int], None] | None) -> None:
+        self._tokens = [0] * requests
+        self._told = 0
+        self._on_event = on_event
+        self._lock = threading.Lock()
+
+    def saw(self, index: int, tokens: int) -> None:
+        with self._lock:
+            self._tokens[index] = tokens
+            slowest = min(self._tokens)
+            news = slowest > self._told
+            self._told = max(self._told, slowest)
+        if news and self._on_event is not None:
+            self._on_event(slowest)
+
+
+def _stream(
+    client: Client, prompt: Sequence[int], output_tokens: int, watch: _Watch, index: int
+) -> list[Event]:
+    events = []
+    answers = client.stream(prompt, output_tokens, logprobs=False, stream_interval=STREAM_INTERVAL)
+    for answer in answers:
+        events.append(Event(time.perf_counter(), len(answer.output_ids)))
+        watch.saw(index, events[-1].tokens)
+    return events
+
+
+def threads_env(threads: int | None) -> dict[str, str]:
+    """Environment of a server that computes with so many threads; None: with every core."""
+    return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+
+
+# --- what is recorded with the numbers -----------------------------------------
+
+
+def write_result(path: Path, argv: Sequence[str], result: dict[str, Any]) -> None:
+    """Writes ``result`` with the command, machine and versions that it comes from."""
+    record = {
+        "command": shlex.join(["python", "-m", _module(), *argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("orbitflow-sglang", "sglang", "torch")},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | result, indent=1) + "\n", encoding="utf-8")
+    print(f"Written to {path}")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, the cores this process may use, and how busy others keep them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "processor": next(names, platform.machine()),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_1min_at_end": round(os.getloadavg()[0], 2),
+    }
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else "eval.bench"
