@@ -1,0 +1,148 @@
+"""Servers shared by the tests of one configuration, and stock SGLang's answers to compare with.
+
+A start costs 25 s, so a server lives as long as its configuration has tests, policies
+are switched while it runs, and stock SGLang is asked once for each model.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from eval.client import Client, Generation, Request
+from eval.identity import mixed_requests
+from eval.server import CPU_ENV, ROOT, Server, stock_args
+from eval.tiny_model import TinyModel, build
+from orbitflow_sglang.config import CONFIG_ENV
+
+FULL = os.environ.get("ORBITFLOW_TEST_FULL") == "1"
+POLICIES = (
+    "resident",
+    "static:1",
+    "static:2",
+    "static:3",
+    "all-host",
+    "random:1",
+    "random:2",
+    "random:3",
+)
+CONCURRENCY = 8
+MODELS = {
+    "llama": TinyModel("llama", layers=8),
+    "qwen2": TinyModel("qwen2", layers=4),
+    "qwen3": TinyModel("qwen3", layers=12),
+}
+TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": ",".join(POLICIES)}
+
+
+def workload(style: str) -> list[Request]:
+    """Requests of mixed lengths, half of which share a prefix with others."""
+    return mixed_requests(
+        64 if FULL else 16,
+        seed=sorted(MODELS).index(style),
+        longest=2300 if FULL else 1200,
+        max_new_tokens=64 if FULL else 32,
+        shared_fraction=0.5,
+    )
+
+
+def orbitflow_args(style: str, *extra: str) -> list[str]:
+    return stock_args(build(MODELS[style]), "--enable-orbitflow", *extra)
+
+
+def run_python(*args: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """``python ARGS`` in a process of its own, on the CPU platform; the caller judges it."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != CONFIG_ENV} | dict(CPU_ENV),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+class Stock:
+    """What unmodified SGLang answers, with its own ``torch_native`` attention."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, tuple[Request, ...]], list[Generation]] = {}
+
+    def answers(self, style: str, wanted: Sequence[Request]) -> list[Generation]:
+        key = (style, tuple(wanted))
+        if key not in self._known:
+            args = stock_args(build(MODELS[style]), "--max-total-tokens", "65536")
+            with Server(args) as server:
+                self._known[key] = server.generate_many(wanted, CONCURRENCY)
+        return self._known[key]
+
+
+@dataclass
+class Outcome:
+    """Answers in the order of the requests, and which were cut short on purpose."""
+
+    generations: list[Generation] = field(default_factory=list)
+    aborted: set[str] = field(default_factory=set)
+
+
+def run_with_aborts(client: Client, wanted: Sequence[Request]) -> Outcome:
+    """Sends all, 8 at a time; every third is given up midway, by turns in one of two ways."""
+    outcome = Outcome()
+
+    def one(index: int, request: Request) -> Generation:
+        if index % 3:
+            return client.generate(request.input_ids, request.max_new_tokens, rid=request.rid)
+        outcome.aborted.add(request.rid)
+        return give_up_midway(client, request, disconnect=index % 2 == 0)
+
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        futures = [pool.submit(one, i, request) for i, request in enumerate(wanted)]
+        outcome.generations = [future.result() for future in futures]
+    return outcome
+
+
+def give_up_midway(client: Client, request: Request, *, disconnect: bool) -> Generation:
+    """Reads a third of the tokens, then hangs up or asks for the request to be aborted."""
+    stream = client.stream(request.input_ids, request.max_new_tokens, rid=request.rid)
+    last = next(stream)
+    while last.finish_reason is None and len(last.output_ids) < request.max_new_tokens // 3:
+        last = next(stream)
+    if disconnect:
+        stream.close()
+        return last
+    client.abort(request.rid)
+    for event in stream:
+        last = event
+    return last
+
+
+def use_policy(client: Client, name: str) -> None:
+    """Switches the policy of a server started with ``TEST_CONTROL``."""
+    set_internal_state(client, "orbitflow_policy", POLICIES.index(name))
+    (state,) = client.orbitflow()
+    assert state is not None and state["policy"] == name
+
+
+def set_internal_state(client: Client, key: str, value: int) -> None:
+    answer = client.post("/set_internal_state", {"server_args": {key: value}}).json()
+    assert answer and all(answer), answer
+
+
+def assert_nothing_is_left(client: Client) -> None:
+    """The idle check has run and passed; after a flush arena, ring and host are wholly free."""
+    client.wait_idle()
+    (state,) = client.orbitflow()
+    assert state is not None
+    assert state["idle_checks"] > 0
+    assert state["failed_idle_checks"] == 0
+    assert state["num_requests"] == 0
+    client.flush_cache()
+    (state,) = client.orbitflow()
+    assert state is not None
+    for place in ("arena", "ring", "host"):
+        assert state[place]["free"] == state[place]["pages"], (place, state)

@@ -1,0 +1,314 @@
+"""Which symbols of SGLang are wrapped, in every process, and what happens when one is not.
+
+SGLang loads plugins in launcher, scheduler and detokenizer. Ours to spy on them is a
+second plugin: a folder with a module and the metadata of a distribution, put on the
+``PYTHONPATH`` of the server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import run_python
+
+from eval.server import Server, ServerFailed, stock_args
+from eval.tiny_model import TinyModel, build
+
+ARGS = ("--max-total-tokens", "4096")
+ROLES = {"launcher", "run_scheduler_process", "run_detokenizer_process"}
+# The documented set, written out: a row that is added to the table has to be added here.
+ALWAYS = {
+    "sglang.srt.server_args.ServerArgs.add_cli_args": "launcher.add_cli_args",
+    "sglang.srt.server_args.ServerArgs.from_cli_args": "launcher.from_cli_args",
+}
+LAUNCHER = {
+    "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": "launcher.check_handshake",
+}
+CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+INTERNAL_STATE = (
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+)
+METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+SCHEDULER = {
+    f"{CONFIGURATOR}.config_from_budget": "memory.config_from_budget",
+    f"{CONFIGURATOR}.resolve_max_num_reqs": "memory.resolve_max_num_reqs",
+    f"{CONFIGURATOR}._resolve_kv_pool_class": "memory.resolve_pool_class",
+    f"{CONFIGURATOR}._build_token_to_kv_pool_allocator": "memory.build_allocator",
+    "sglang.srt.managers.scheduler.Scheduler.run_batch": "scheduler.run_batch",
+    "sglang.srt.managers.scheduler.Scheduler.get_init_info": "scheduler.get_init_info",
+    f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
+    f"{METRICS}.log_stats": "inspection.log_stats",
+}
+TEST_CONTROL = {f"{INTERNAL_STATE}._update_handlers": "test_control.update_handlers"}
+TARGETS = sorted(ALWAYS | LAUNCHER | SCHEDULER | TEST_CONTROL)
+
+# Writes, once the trigger is there, what each target is in this process. It imports
+# nothing: a module that the process has not loaded is reported as None.
+PROBE = """
+import json, multiprocessing, os, sys, threading, time
+
+def register():
+    threading.Thread(target=watch, daemon=True).start()
+
+def watch():
+    folder = os.environ["PROBE_FOLDER"]
+    while not os.path.exists(os.path.join(folder, "trigger")):
+        time.sleep(0.05)
+    try:
+        found = report()
+    except Exception as error:
+        found = {"error": repr(error)}
+    name = os.path.join(folder, f"{os.getpid()}.json")
+    with open(name + ".part", "w") as file:
+        json.dump(found, file)
+    os.rename(name + ".part", name)
+
+def report():
+    role = "launcher"
+    if multiprocessing.parent_process() is not None:
+        role = multiprocessing.current_process()._target.__name__
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    targets = json.loads(os.environ["PROBE_TARGETS"])
+    return {"role": role, "patched": sorted(HookRegistry._patched),
+            "chains": {target: chain(target) for target in targets}}
+
+def chain(target):
+    module_name, class_name, name = target.rsplit(".", 2)
+    module = sys.modules.get(module_name)
+    if module is None:
+        return None
+    function = getattr(getattr(module, class_name), name)
+    function = getattr(function, "__func__", function)
+    links = []
+    while function is not None:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        links.append({
+            "file": function.__code__.co_filename,
+            "name": function.__code__.co_qualname,
+            "holds": [f"{c.__module__}.{c.__qualname__}" for c in cells if callable(c)],
+        })
+        function = getattr(function, "__wrapped__", None)
+    return links
+"""
+# In the scheduler: takes one hook away just before SGLang applies them.
+SABOTEUR = """
+import multiprocessing, os
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    process = multiprocessing.current_process()
+    if getattr(getattr(process, "_target", None), "__name__", "") != "run_scheduler_process":
+        return
+    apply_hooks = HookRegistry.apply_hooks
+    def apply_others():
+        HookRegistry._hooks.pop(os.environ["SABOTAGED"])
+        apply_hooks()
+    HookRegistry.apply_hooks = apply_others
+"""
+
+
+def second_plugin(folder: Path, source: str) -> dict[str, str]:
+    """Makes an installed plugin out of ``source``; returns the environment that finds it."""
+    (folder / "second_plugin.py").write_text(source)
+    metadata = folder / "second_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: second-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nsecond = second_plugin:register\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+def probed(folder: Path, *args: str, **env: str) -> dict[str, dict[str, Any]]:
+    """Starts a server and returns what the probe reports, by the role of the process."""
+    env |= second_plugin(folder, PROBE)
+    env |= {"PROBE_FOLDER": str(folder), "PROBE_TARGETS": json.dumps(TARGETS)}
+    with Server(stock_args(build(TinyModel()), *ARGS, *args), env=env):
+        (folder / "trigger").touch()
+        deadline = time.monotonic() + 60
+        while len(found := sorted(folder.glob("*.json"))) < len(ROLES):
+            assert time.monotonic() < deadline, f"only {found} reported"
+            time.sleep(0.1)
+        reports = [json.loads(path.read_text()) for path in found]
+    assert [report for report in reports if "error" in report] == []
+    by_role = {report["role"]: report for report in reports}
+    assert by_role.keys() == ROLES
+    return by_role
+
+
+@pytest.fixture(scope="module")
+def stock_symbols(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Without the flag, and with test control asked for, which must then do nothing either."""
+    folder = tmp_path_factory.mktemp("stock")
+    return probed(folder, ORBITFLOW_TEST_CONTROL="resident")
+
+
+@pytest.fixture(scope="module")
+def orbitflow_symbols(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("orbitflow")
+    return probed(folder, "--enable-orbitflow", "--orbitflow-arena-tokens", "2048")
+
+
+def is_wrapper(link: dict[str, Any]) -> bool:
+    return not link["file"].startswith(sglang_folder()) or "hook_registry" in link["file"]
+
+
+def sglang_folder() -> str:
+    """Where SGLang's own code lies, without importing it."""
+    from importlib.util import find_spec
+
+    spec = find_spec("sglang")
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent) + os.sep
+
+
+def wrapped(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Targets that something is around, and the functions that are, from the outside in."""
+    found = {}
+    for target, links in report["chains"].items():
+        hooks = [
+            name.removeprefix("orbitflow_sglang.engine.")
+            for link in links or ()
+            if is_wrapper(link)
+            for name in link["holds"]
+            if not name.startswith("sglang.")
+        ]
+        if any(is_wrapper(link) for link in links or ()):
+            found[target] = hooks
+    return found
+
+
+def once(hooks: dict[str, str]) -> dict[str, list[str]]:
+    return {target: [function] for target, function in hooks.items()}
+
+
+def test_without_the_flag_only_the_command_line_is_wrapped(
+    stock_symbols: dict[str, dict[str, Any]],
+) -> None:
+    assert wrapped(stock_symbols["launcher"]) == once(ALWAYS)
+    assert stock_symbols["launcher"]["patched"] == sorted(ALWAYS)
+    for role in ("run_scheduler_process", "run_detokenizer_process"):
+        assert wrapped(stock_symbols[role]) == {}
+        assert stock_symbols[role]["patched"] == []
+
+
+def test_with_the_flag_exactly_the_documented_symbols_are_wrapped_once(
+    orbitflow_symbols: dict[str, dict[str, Any]],
+) -> None:
+    expected: dict[str, dict[str, str]] = {
+        "launcher": ALWAYS | LAUNCHER,
+        "run_scheduler_process": SCHEDULER,
+        "run_detokenizer_process": {},
+    }
+    for role, hooks in expected.items():
+        assert wrapped(orbitflow_symbols[role]) == once(hooks)
+        assert orbitflow_symbols[role]["patched"] == sorted(hooks)
+
+
+def test_inside_our_wrappers_every_symbol_is_the_one_of_stock_sglang(
+    stock_symbols: dict[str, dict[str, Any]], orbitflow_symbols: dict[str, dict[str, Any]]
+) -> None:
+    for role in ROLES:
+        for target in TARGETS:
+            stock, ours = (
+                symbols[role]["chains"][target] for symbols in (stock_symbols, orbitflow_symbols)
+            )
+            assert (stock is None) == (ours is None), (role, target)
+            own = [
+                [(link["file"], link["name"]) for link in links or () if not is_wrapper(link)]
+                for links in (stock, ours)
+            ]
+            assert own[0] == own[1], (role, target)
+
+
+def test_the_probe_sees_every_symbol_where_it_is_used(
+    stock_symbols: dict[str, dict[str, Any]],
+) -> None:
+    used = {"launcher": ALWAYS | LAUNCHER, "run_scheduler_process": SCHEDULER | TEST_CONTROL}
+    for role, targets in used.items():
+        chains = stock_symbols[role]["chains"]
+        assert [target for target in targets if not chains[target]] == []
+
+
+# --- a hook that is not there -------------------------------------------------
+
+
+def sabotaged(folder: Path, target: str) -> str:
+    """Why a server ends whose scheduler lacks the hook on ``target``."""
+    env = second_plugin(folder, SABOTEUR) | {"SABOTAGED": target}
+    args = stock_args(build(TinyModel()), *ARGS, "--enable-orbitflow")
+    with pytest.raises(ServerFailed) as caught:
+        Server([*args, "--orbitflow-arena-tokens", "2048"], env=env).start()
+    message = str(caught.value)
+    assert "ended with status" in message
+    assert "ended with status 0" not in message
+    return message
+
+
+def test_a_scheduler_that_does_not_confirm_its_hooks_ends_the_server(tmp_path: Path) -> None:
+    message = sabotaged(tmp_path, "sglang.srt.managers.scheduler.Scheduler.get_init_info")
+    assert (
+        "--enable-orbitflow: a scheduler process started without OrbitFlow's hooks; its log "
+        "says why the plugin failed there. SGLANG_PLUGINS, if set, must contain orbitflow"
+    ) in message
+
+
+def test_a_scheduler_that_lacks_one_hook_ends_the_server_and_names_it(tmp_path: Path) -> None:
+    target = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+    message = sabotaged(tmp_path, target)
+    assert f"OrbitFlow's hook on {target} is in place 0 times instead of once" in message
+
+
+# Applies the hooks that the arguments name, in one call each, and verifies the table.
+APPLY = """
+import sys
+from sglang.srt.plugins.hook_registry import HookRegistry
+from orbitflow_sglang.engine import hooks
+
+for count in sys.argv[1:]:
+    for hook in hooks.ALWAYS[: int(count)]:
+        HookRegistry.register(hook.target, hook.resolve(), hook.kind)
+HookRegistry.apply_hooks()
+hooks.verify(hooks.ALWAYS)
+print("VERIFIED")
+"""
+THE_TABLE = """
+import json
+from orbitflow_sglang.engine import hooks
+tables = hooks.ALWAYS, hooks.LAUNCHER, hooks.SCHEDULER, hooks.TEST_CONTROL
+print(json.dumps([{h.target: h.function.replace(":", ".") for h in t} for t in tables]))
+"""
+
+
+def test_hooks_that_are_each_in_place_once_pass() -> None:
+    run = run_python("-c", APPLY, "2")
+    assert run.returncode == 0, run.stderr
+    assert "VERIFIED" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("counts", "missing", "times"),
+    [(["1"], "from_cli_args", 0), (["0"], "add_cli_args", 0), (["2", "1"], "add_cli_args", 2)],
+)
+def test_a_hook_that_is_missing_or_doubled_ends_the_process(
+    counts: list[str], missing: str, times: int
+) -> None:
+    run = run_python("-c", APPLY, *counts)
+    assert run.returncode == 1, run.stdout
+    assert (
+        f"OrbitFlow's hook on sglang.srt.server_args.ServerArgs.{missing} is in place {times} "
+        "times instead of once. Another plugin may wrap the same symbol (try "
+        "SGLANG_PLUGINS=orbitflow), or SGLang has been changed (reinstall the supported version)"
+    ) in run.stderr
+
+
+def test_the_table_is_what_these_tests_expect() -> None:
+    run = run_python("-c", THE_TABLE)
+    assert run.returncode == 0, run.stderr
+    tables = json.loads(run.stdout.splitlines()[-1])
+    assert tables == [ALWAYS, LAUNCHER, SCHEDULER, TEST_CONTROL]

@@ -1,0 +1,411 @@
+"""What OrbitFlow cannot work with is refused at start, with flag, reason and fix."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from servers import run_python
+
+from eval.server import Server, ServerFailed, stock_args
+from eval.tiny_model import TinyModel, build
+from orbitflow_sglang import SUPPORTED_SGLANG
+from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError
+
+# Of a server that works; each test changes one of them.
+ACCEPTED: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": ATTENTION_BACKEND,
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "chunked_prefill_size": 4096,
+}
+# A value that each rule refuses. In words of our own, and with all of them, so that a rule
+# that goes missing is noticed.
+SWITCHES = (
+    "enable_prefill_cp",
+    "enable_pdmux",
+    "encoder_only",
+    "language_only",
+    "enable_hierarchical_cache",
+    "enable_lmcache",
+    "enable_flexkv",
+    "enable_hisparse",
+    "enable_unified_cache_external_linker",
+    "enable_kv_cache_sharding",
+    "enable_unified_memory",
+    "enable_page_major_kv_layout",
+    "enable_memory_saver",
+    "enable_session_radix_cache",
+    "enable_streaming_session",
+    "enable_deterministic_inference",
+    "enable_two_batch_overlap",
+    "enable_single_batch_overlap",
+    "enable_torch_compile",
+    "prefill_only_disable_kv_cache",
+    "use_ray",
+    "smg_grpc_mode",
+    "grpc_mode",
+)
+REFUSED: dict[str, Any] = dict.fromkeys(SWITCHES, True) | {
+    "tp_size": 2,
+    "pp_size": 2,
+    "dp_size": 2,
+    "nnodes": 2,
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "scheduler_recv_interval": 4,
+    "speculative_algorithm": "EAGLE",
+    "disaggregation_mode": "prefill",
+    "kv_canary": "log",
+    "kv_cache_dtype": "fp8_e4m3",
+    "radix_cache_backend": "other",
+    "dllm_algorithm": "LowConfidence",
+    "tokenizer_worker_num": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def compat() -> ModuleType:
+    """Not imported with this file: collecting the tests must not take SGLang's five seconds."""
+    return importlib.import_module("orbitflow_sglang.engine.compat")
+
+
+def view(compat: ModuleType, **changed: Any) -> SimpleNamespace:
+    """Resolved arguments that are fine, but for those ``changed``."""
+    fine = {field: accepted[0] for field, accepted, _ in compat._RULES}
+    return SimpleNamespace(**{**fine, **ACCEPTED, **changed})
+
+
+def refusal_of(compat: ModuleType, **changed: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compat.check_arguments(view(compat, **changed))
+    return str(caught.value)
+
+
+# --- arguments ----------------------------------------------------------------
+
+
+def test_the_arguments_that_the_other_tests_change_are_accepted(compat: ModuleType) -> None:
+    compat.check_arguments(view(compat))
+
+
+def test_every_rule_is_tested_here(compat: ModuleType) -> None:
+    assert {field for field, _, _ in compat._RULES} == REFUSED.keys()
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_each_rule_refuses_with_flag_reason_and_fix(compat: ModuleType, field: str) -> None:
+    (reason,) = (reason for name, _, reason in compat._RULES if name == field)
+    value = REFUSED[field]
+    given = f"--{field.replace('_', '-')}" + ("" if value is True else f" {value}")
+    assert refusal_of(compat, **{field: value}) == (
+        f"--enable-orbitflow does not support {given}: {reason}. Leave out one of the two"
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "xpu"])
+def test_another_device_is_refused_with_the_way_to_the_cpu(compat: ModuleType, device: str) -> None:
+    message = refusal_of(compat, device=device)
+    assert f"--device {device} yet: the kernels" in message
+    assert "--device cpu, with SGLANG_PLATFORM=orbitflow_native" in message
+
+
+@pytest.mark.parametrize(
+    "field", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"]
+)
+def test_another_attention_backend_is_refused_by_the_flag_that_chose_it(
+    compat: ModuleType, field: str
+) -> None:
+    message = refusal_of(compat, **{field: "flashinfer"})
+    assert f" --{field.replace('_', '-')} flashinfer: it does not read KV through" in message
+    assert f"Use {ATTENTION_BACKEND}, or leave the flag out" in message
+
+
+@pytest.mark.parametrize("size", [-1, 0])
+def test_prefill_in_one_piece_is_refused(compat: ModuleType, size: int) -> None:
+    message = refusal_of(compat, chunked_prefill_size=size)
+    assert f"--chunked-prefill-size {size}: a prompt larger than the arena" in message
+
+
+def test_what_is_still_to_be_resolved_is_not_refused(compat: ModuleType) -> None:
+    compat.check_arguments(view(compat, **dict.fromkeys(ACCEPTED)))
+
+
+@pytest.mark.parametrize("variable", ["SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE"])
+def test_a_variable_that_changes_the_server_is_refused_by_name(
+    compat: ModuleType, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "0")
+    compat.check_arguments(view(compat))
+    monkeypatch.setenv(variable, "True")
+    assert f"does not support {variable}: " in refusal_of(compat)
+
+
+def test_another_version_of_sglang_is_refused(
+    compat: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compat.check_sglang_version()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.22")
+    with pytest.raises(ConfigError) as caught:
+        compat.check_sglang_version()
+    assert str(caught.value) == (
+        f"--enable-orbitflow works with sglang {SUPPORTED_SGLANG}, found 0.5.22: "
+        f"install sglang=={SUPPORTED_SGLANG}, or leave --enable-orbitflow out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [({"sliding_window_size": 128}, "a sliding window"), ({"logit_cap": 30.0}, "a cap on logits")],
+)
+def test_a_loaded_model_whose_attention_is_not_plain_is_refused(
+    compat: ModuleType, wrong: dict[str, Any], kind: str
+) -> None:
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    def model(**more: Any) -> torch.nn.Module:
+        attention = [
+            RadixAttention(4, 64, 0.125, num_kv_heads=2, layer_id=i, **(more if i else {}))
+            for i in range(2)
+        ]
+        return torch.nn.ModuleList(attention)
+
+    compat.check_layers(model())
+    with pytest.raises(ConfigError, match=f"its attention has {kind}. Serve it without"):
+        compat.check_layers(model(**wrong))
+
+
+# --- SGLang's own side of the rules -------------------------------------------
+
+REAL_ARGUMENTS = """
+import argparse, json, sys
+from sglang.srt.arg_groups.overrides import resolved_view, resolving_view
+from sglang.srt.server_args import ServerArgs
+from orbitflow_sglang.engine import compat
+
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+args = ServerArgs(model_path=sys.argv[1])
+compat.check_arguments(resolving_view(args))
+args.resolve_once()
+view = resolved_view(args)
+rules = [field for field, _, _ in compat._RULES]
+flags = parser._option_string_actions
+for field, accepted, _ in compat._RULES:
+    assert getattr(view, field) in accepted, (field, getattr(view, field))
+print("RESULT", json.dumps({
+    "missing": [field for field in rules if field not in ServerArgs.__struct_fields__],
+    "no_flag": [f for f in rules if "--" + f.replace("_", "-") not in flags],
+    "takes_value": [a.dest for a in parser._actions if a.dest in rules and a.nargs != 0],
+}))
+"""  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return build(TinyModel())
+
+
+def test_rules_name_real_flags_and_accept_what_sglang_resolves_by_default(model: Path) -> None:
+    run = run_python("-c", REAL_ARGUMENTS, str(model))
+    found = re.search(r"^RESULT (.*)$", run.stdout, re.MULTILINE)
+    assert found, run.stderr[-4000:]
+    result = json.loads(found.group(1))
+    assert result["missing"] == []
+    assert result["no_flag"] == []
+    assert set(result["takes_value"]) == REFUSED.keys() - set(SWITCHES)
+
+
+# --- models -------------------------------------------------------------------
+
+
+def model_config(**changed: Any) -> SimpleNamespace:
+    """What ``check_model`` looks at, of a plain decoder."""
+    from sglang.srt.configs.model_config import AttentionArch
+    from transformers import LlamaConfig
+
+    plain = LlamaConfig(architectures=["LlamaForCausalLM"])
+    fine: dict[str, Any] = {
+        "model_path": "/models/x",
+        "attention_arch": AttentionArch.MHA,
+        "hf_config": plain,
+        "hf_text_config": plain,
+        "is_hybrid_swa": False,
+        "is_encoder_decoder": False,
+        "is_multimodal": False,
+        "is_generation": True,
+        "head_dim": 64,
+        "v_head_dim": 64,
+        "is_draft_model": False,
+        "linear_attn_registry_result": None,
+    }
+    return SimpleNamespace(**{**fine, **changed})
+
+
+def test_a_plain_decoder_is_accepted(compat: ModuleType) -> None:
+    compat.check_model(model_config())
+    compat.check_model(model_config(hf_text_config=SimpleNamespace(layer_types=None)))
+    compat.check_model(model_config(hf_text_config=SimpleNamespace()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("multi-head latent attention", {"attention_arch": "MLA"}),
+        ("state-space or linear-attention layers", {"attention_arch": "SSM"}),
+        ("sliding-window attention", {"is_hybrid_swa": True}),
+        (
+            "sliding-window attention",
+            {
+                "hf_text_config": SimpleNamespace(
+                    layer_types=["full_attention", "sliding_attention"]
+                )
+            },
+        ),
+        (
+            "a cap on attention logits",
+            {"hf_text_config": SimpleNamespace(attn_logit_softcapping=50.0)},
+        ),
+        ("an encoder and a decoder", {"is_encoder_decoder": True}),
+        ("multimodal input", {"is_multimodal": True}),
+        ("no text generation", {"is_generation": False}),
+        ("values of another width than keys", {"v_head_dim": 32}),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_with_its_kind(
+    compat: ModuleType, kind: str, changed: dict[str, Any]
+) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    if arch := changed.get("attention_arch"):
+        changed = {"attention_arch": AttentionArch[arch]}
+    with pytest.raises(ConfigError) as caught:
+        compat.check_model(model_config(**changed))
+    assert str(caught.value) == (
+        f"--enable-orbitflow does not support --model-path /models/x: it has {kind}, and only "
+        "plain multi-head or grouped-query decoders are supported. "
+        "Serve it without --enable-orbitflow"
+    )
+
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+}
+REAL_CONFIGS: dict[str, dict[str, Any]] = {
+    "multi-head latent attention": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+    # SGLang gives this one its plain pool: only the layers say that there is a window.
+    "sliding-window attention": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "head_dim": 16,
+    },
+    "state-space or linear-attention layers": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "head_dim": 16,
+    },
+}
+MODEL_CONFIG = """
+import sys
+from sglang.srt.configs.model_config import ModelConfig
+from orbitflow_sglang.engine.compat import check_model
+for folder in sys.argv[1:]:
+    try:
+        check_model(ModelConfig(folder))
+        print("RESULT accepted")
+    except ValueError as error:
+        print("RESULT", error)
+"""
+
+
+def test_real_configurations_are_told_apart(model: Path, tmp_path: Path) -> None:
+    folders = []
+    for i, fields in enumerate(REAL_CONFIGS.values()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(COMMON | fields))
+        folders.append(str(folder))
+    plain = [str(build(TinyModel(style))) for style in ("qwen2", "qwen3")]
+    run = run_python("-c", MODEL_CONFIG, *folders, str(model), *plain)
+    results = re.findall(r"^RESULT (.*)$", run.stdout, re.MULTILINE)
+    assert len(results) == len(folders) + 3, run.stderr[-4000:]
+    for kind, result in zip(REAL_CONFIGS, results, strict=False):
+        assert f"it has {kind}, and only plain" in result
+    assert results[len(folders) :] == ["accepted"] * 3
+
+
+# --- real servers -------------------------------------------------------------
+
+SERVERS: dict[str, tuple[list[str], str]] = {
+    "speculative decoding": (
+        ["--enable-orbitflow", "--speculative-algorithm", "NGRAM"],
+        "--enable-orbitflow does not support --speculative-algorithm NGRAM: draft and verify "
+        "write several tokens at guessed slots. Leave out one of the two",
+    ),
+    "hierarchical cache": (
+        ["--enable-orbitflow", "--enable-hierarchical-cache"],
+        "--enable-orbitflow does not support --enable-hierarchical-cache: it moves KV between "
+        "device and host by itself. Leave out one of the two",
+    ),
+    "attention backend": (
+        ["--enable-orbitflow", "--attention-backend", "torch_native"],
+        "--enable-orbitflow does not support --attention-backend torch_native: it does not read "
+        f"KV through the page table. Use {ATTENTION_BACKEND}, or leave the flag out",
+    ),
+    "two sizes": (
+        ["--enable-orbitflow", "--orbitflow-arena-tokens", "10",
+         "--orbitflow-arena-fraction", "0.5"],
+        "--orbitflow-arena-tokens and --orbitflow-arena-fraction set the same size: "
+        "give only one of them",
+    ),
+    "unknown policy": (
+        ["--enable-orbitflow", "--orbitflow-policy", "nonsense"],
+        "--orbitflow-policy: unknown policy 'nonsense': use resident, static:d (d >= 1), "
+        "all-host or random:SEED",
+    ),
+    "arena too small": (
+        ["--enable-orbitflow", "--orbitflow-arena-tokens", "16"],
+        "an arena of 8 pages leaves 8 outside the ring of 0; even one request needs 16 (two pages "
+        "in each of 8 layers): raise --orbitflow-arena-tokens, or lower --orbitflow-ring-pages "
+        "or --page-size",
+    ),
+    "flag without the switch": (
+        ["--orbitflow-policy", "resident"],
+        "--orbitflow-policy has no effect: add --enable-orbitflow, or leave it out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_the_last_line_of_a_server_that_is_refused_says_why(name: str, model: Path) -> None:
+    args, message = SERVERS[name]
+    server = Server(stock_args(model, *args))
+    with pytest.raises(ServerFailed, match="ended with status 1") as caught:
+        server.start()
+    *_, last, whole_log = str(caught.value).splitlines()
+    assert last == f"error: {message}"
+    assert whole_log.startswith("(whole log")
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,147 @@
+"""Token identity with stock SGLang, over every policy and kind of server.
+
+Six servers cover each pair of page size, overlap, chunk size and model style; each
+policy meets every value of every axis on three of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from servers import (
+    POLICIES,
+    TEST_CONTROL,
+    Stock,
+    assert_nothing_is_left,
+    orbitflow_args,
+    run_with_aborts,
+    set_internal_state,
+    use_policy,
+    workload,
+)
+
+from eval.client import Client
+from eval.identity import Comparison, compare
+from eval.server import Server
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One server. Its arena is far smaller than what runs on it."""
+
+    style: str
+    page_size: int
+    overlap: bool
+    chunk: int | None  # tokens; None: SGLang's default, more than any prompt here
+    ring: int | None = None  # pages; None: the default
+
+    @property
+    def name(self) -> str:
+        overlap = "overlap" if self.overlap else "no-overlap"
+        return f"{self.style}-page{self.page_size}-{overlap}-chunk{self.chunk or 'default'}"
+
+    def args(self) -> list[str]:
+        extra = ["--orbitflow-arena-tokens", "1024", "--orbitflow-host-memory-gb", "0.5"]
+        extra += ["--orbitflow-policy", "static:1", "--page-size", str(self.page_size)]
+        if not self.overlap:
+            extra.append("--disable-overlap-schedule")
+        if self.chunk is not None:
+            extra += ["--chunked-prefill-size", str(self.chunk)]
+        if self.ring is not None:
+            extra += ["--orbitflow-ring-pages", str(self.ring)]
+        return orbitflow_args(self.style, *extra)
+
+
+SETTINGS = (
+    Setting("llama", 16, True, 256, ring=12),
+    Setting("llama", 1, False, None),
+    Setting("qwen2", 16, False, None),
+    Setting("qwen2", 1, True, 256),
+    Setting("qwen3", 16, True, None),
+    Setting("qwen3", 1, False, 256, ring=100),
+)
+CELLS = [
+    (setting, policy)
+    for i, setting in enumerate(SETTINGS)
+    for j, policy in enumerate(POLICIES)
+    if (j % 2 == 0) == (i in (0, 2, 5))
+]
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, stock: Stock) -> Iterator[Client]:
+    setting = request.param
+    stock.answers(setting.style, workload(setting.style))  # one server alive at a time
+    with Server(setting.args(), env=TEST_CONTROL) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("server", "policy"),
+    CELLS,
+    indirect=["server"],
+    ids=[f"{setting.name}-{policy}" for setting, policy in CELLS],
+)
+def test_tokens_are_those_of_stock_sglang(
+    server: Client,
+    policy: str,
+    request: pytest.FixtureRequest,
+    stock: Stock,
+    identity_cells: dict[str, Comparison],
+) -> None:
+    setting = request.node.callspec.params["server"]
+    wanted = workload(setting.style)
+    use_policy(server, policy)
+    outcome = run_with_aborts(server, wanted)
+    result = compare(
+        stock.answers(setting.style, wanted), outcome.generations, cut_short=outcome.aborted
+    )
+    identity_cells[f"{policy} {setting.name}"] = result
+    assert not result.failures, result
+    (state,) = server.orbitflow()
+    assert state is not None and state["h2d"]["bytes"] > 0, "nothing was ever on the host"
+    assert_nothing_is_left(server)
+
+
+@pytest.mark.parametrize("server", [SETTINGS[0]], indirect=True, ids=["llama"])
+def test_a_corrupted_page_is_noticed(server: Client, stock: Stock) -> None:
+    """The test of the test: one page changed on the host must show in the tokens."""
+    use_policy(server, "all-host")
+    set_internal_state(server, "orbitflow_corrupt", 8)
+    wanted = workload("llama")
+    outcome = run_with_aborts(server, wanted)
+    result = compare(stock.answers("llama", wanted), outcome.generations, cut_short=outcome.aborted)
+    assert result.failures
+    set_internal_state(server, "orbitflow_corrupt", 0)
+    assert_nothing_is_left(server)
+
+
+def test_resident_serves_the_same_tokens_without_a_host_store(
+    stock: Stock, identity_cells: dict[str, Comparison]
+) -> None:
+    """The default policy on an arena that holds all: no tables and no transfers."""
+    wanted = workload("llama")
+    expected = stock.answers("llama", wanted)
+    args = orbitflow_args("llama", "--max-total-tokens", "16384")
+    with Server(args) as server:
+        outcome = run_with_aborts(server, wanted)
+        result = compare(expected, outcome.generations, cut_short=outcome.aborted)
+        identity_cells["resident llama, everything fits"] = result
+        assert not result.failures, result
+        (state,) = server.orbitflow()
+        assert state is not None
+        assert state["policy"] == "resident"
+        assert state["steps"] > 0
+        assert state["tiered_steps"] == 0
+        assert state["h2d"]["bytes"] == state["d2h"]["bytes"] == 0
+        assert_nothing_is_left(server)
+
+
+def test_ties_are_rare(identity_cells: dict[str, Comparison]) -> None:
+    """At most 1 % over all cells of this run; runs last in this file."""
+    if not identity_cells:
+        pytest.skip("no cell was run")
+    total = sum(identity_cells.values(), Comparison())
+    assert not total.too_many_ties, total
