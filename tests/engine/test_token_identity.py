@@ -55,12 +55,12 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("llama", 16, True, 256, ring=12),
-    Setting("llama", 1, False, None),
     Setting("qwen2", 16, False, None),
     Setting("qwen2", 1, True, 256),
-    Setting("qwen3", 16, True, None),
     Setting("qwen3", 1, False, 256, ring=100),
+    Setting("qwen3", 16, True, None),
+    Setting("llama", 1, False, None),
+    Setting("llama", 16, True, 256, ring=12),
 )
 CELLS = [
     (setting, policy)
@@ -70,28 +70,47 @@ CELLS = [
 ]
 
 
+class Current:
+    """The server that runs: one at a time, and as long as tests of its setting follow."""
+
+    def __init__(self, stock: Stock) -> None:
+        self._stock = stock
+        self._setting: Setting | None = None
+        self._server: Server | None = None
+
+    def use(self, setting: Setting) -> Client:
+        if self._server is None or self._setting != setting:
+            self.stop()
+            self._stock.answers(setting.style, workload(setting.style))
+            server = Server(setting.args(), env=TEST_CONTROL)
+            server.start()
+            self._setting, self._server = setting, server
+        return self._server
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
 @pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest, stock: Stock) -> Iterator[Client]:
-    setting = request.param
-    stock.answers(setting.style, workload(setting.style))  # one server alive at a time
-    with Server(setting.args(), env=TEST_CONTROL) as running:
-        yield running
+def current(stock: Stock) -> Iterator[Current]:
+    servers = Current(stock)
+    yield servers
+    servers.stop()
 
 
 @pytest.mark.parametrize(
-    ("server", "policy"),
-    CELLS,
-    indirect=["server"],
-    ids=[f"{setting.name}-{policy}" for setting, policy in CELLS],
+    ("setting", "policy"), CELLS, ids=[f"{setting.name}-{policy}" for setting, policy in CELLS]
 )
 def test_tokens_are_those_of_stock_sglang(
-    server: Client,
+    current: Current,
+    setting: Setting,
     policy: str,
-    request: pytest.FixtureRequest,
     stock: Stock,
     identity_cells: dict[str, Comparison],
 ) -> None:
-    setting = request.node.callspec.params["server"]
+    server = current.use(setting)
     wanted = workload(setting.style)
     use_policy(server, policy)
     outcome = run_with_aborts(server, wanted)
@@ -105,9 +124,9 @@ def test_tokens_are_those_of_stock_sglang(
     assert_nothing_is_left(server)
 
 
-@pytest.mark.parametrize("server", [SETTINGS[0]], indirect=True, ids=["llama"])
-def test_a_corrupted_page_is_noticed(server: Client, stock: Stock) -> None:
+def test_a_corrupted_page_is_noticed(current: Current, stock: Stock) -> None:
     """The test of the test: one page changed on the host must show in the tokens."""
+    server = current.use(SETTINGS[-1])
     use_policy(server, "all-host")
     set_internal_state(server, "orbitflow_corrupt", 8)
     wanted = workload("llama")
@@ -119,11 +138,12 @@ def test_a_corrupted_page_is_noticed(server: Client, stock: Stock) -> None:
 
 
 def test_resident_serves_the_same_tokens_without_a_host_store(
-    stock: Stock, identity_cells: dict[str, Comparison]
+    current: Current, stock: Stock, identity_cells: dict[str, Comparison]
 ) -> None:
     """The default policy on an arena that holds all: no tables and no transfers."""
     wanted = workload("llama")
     expected = stock.answers("llama", wanted)
+    current.stop()
     args = orbitflow_args("llama", "--max-total-tokens", "16384")
     with Server(args) as server:
         outcome = run_with_aborts(server, wanted)
