@@ -1,13 +1,15 @@
 """The device arena: one flat tensor of physical pages that all layers share.
 
-A logical page that is resident in every layer takes an *extent*: ``layers``
-adjacent physical pages, layer ``l`` in the ``l``-th. Seen through a view that
-starts ``l`` pages into the storage, its page has the same index in every layer,
-so one index array serves them all. Where no extent is free, pages are taken
-singly and the page table says where each layer's page is.
+A logical page that is resident in every layer takes an *extent*: one physical
+page for each layer, ``stride`` pages apart. Seen through a view that starts
+``layer * stride`` pages into the storage, its page has the same index in every
+layer, so one index array serves them all; and extents taken one after another
+are adjacent in each layer, as in a pool with a buffer for each layer. Where no
+extent is free, pages are taken singly and the page table says where each
+layer's page is.
 
-Physical pages, in order: one extent that absorbs the writes of padding tokens
-(SGLang's slot 0), the extents, what is left over, and the staging ring.
+Physical pages, in order: the extents, layer by layer, of which number 0 absorbs
+the writes of padding tokens (SGLang's slot 0); what is left over; the staging ring.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ class PageStack:
         self.size += len(ids)
 
     def pop(self, count: int) -> np.ndarray:
-        """Take the last ``count``, of which there must be so many; int32, as pushed."""
+        """Take the last ``count``, of which there must be so many, the very last first; int32."""
         self.size -= count
-        return self._ids[self.size : self.size + count].copy()
+        return self._ids[self.size : self.size + count][::-1].copy()
 
     def values(self) -> np.ndarray:
         """All of them, as a view that does not outlive the next push."""
@@ -42,32 +44,39 @@ class PageStack:
 
 
 class Arena:
-    """Tensors and free lists. Page ids are physical; extents are named by their first page."""
+    """Tensors and free lists. Page ids are physical; extents are named by their first page,
+    which is also their index in every layer's view."""
 
     def __init__(self, layout: KVLayout, capacity: Capacity, device: str) -> None:
         self.layers = layout.layers
-        self.first_page = layout.layers  # after the extent for padding
-        self.ring_start = self.first_page + capacity.main_pages
-        self.num_pages = capacity.arena_pages
-        self.k, self.v = layout.empty(self.first_page + capacity.arena_pages, device, False)
+        extents, self._rest = divmod(capacity.main_pages, self.layers)
+        self.stride = 1 + extents  # one for padding
+        self.ring_start = self.layers + capacity.main_pages
+        self.num_pages = self.layers + capacity.arena_pages
+        self.k, self.v = layout.empty(self.num_pages, device, False)
         # Padding tokens write, and masked lanes may read, the first extent.
-        self.k[: self.first_page].zero_()
-        self.v[: self.first_page].zero_()
+        self.k[self.padding_pages] = 0
+        self.v[self.padding_pages] = 0
         self.reset()
 
     def reset(self) -> None:
         """Every page free again; contents undefined."""
-        extents, rest = divmod(self.ring_start - self.first_page, self.layers)
-        starts = self.first_page + self.layers * np.arange(extents, dtype=np.int32)
-        self._extents = PageStack(extents)
-        self._extents.push(starts[::-1])  # low pages are handed out first
-        self._singles = PageStack(self.ring_start - self.first_page)
-        self._singles.push(np.arange(self.ring_start - rest, self.ring_start, dtype=np.int32))
+        self._extents = PageStack(self.stride - 1)
+        # Low pages are handed out first.
+        self._extents.push(np.arange(1, self.stride, dtype=np.int32)[::-1])
+        self._singles = PageStack(self.ring_start - self.layers)
+        singles = np.arange(self.ring_start - self._rest, self.ring_start, dtype=np.int32)
+        self._singles.push(singles)
         self._returned = 0  # single pages given back since the last search for whole extents
 
     @property
+    def padding_pages(self) -> np.ndarray:
+        """The pages that nobody owns."""
+        return self._pages_of(np.zeros(1, dtype=np.int32))
+
+    @property
     def ring_pages(self) -> np.ndarray:
-        return np.arange(self.ring_start, self.first_page + self.num_pages, dtype=np.int32)
+        return np.arange(self.ring_start, self.num_pages, dtype=np.int32)
 
     @property
     def num_free(self) -> int:
@@ -102,7 +111,8 @@ class Arena:
         self._returned += len(pages)
 
     def _pages_of(self, starts: np.ndarray) -> np.ndarray:
-        return (starts[:, None] + np.arange(self.layers, dtype=np.int32)).reshape(-1)
+        layers = np.arange(self.layers, dtype=np.int32)
+        return (starts[:, None] + self.stride * layers).reshape(-1)
 
     def _coalesce(self) -> None:
         """Single pages that together make whole extents become extents again."""
@@ -110,11 +120,13 @@ class Arena:
             return
         self._returned = 0
         singles = self._singles.pop(self._singles.size)
-        group = (singles - self.first_page) // self.layers
-        whole = np.flatnonzero(np.bincount(group) == self.layers)
-        self._extents.push(self.first_page + self.layers * whole)
-        self._singles.push(singles[~np.isin(group, whole)])
+        in_extents = singles < self.layers * self.stride
+        extent = np.where(in_extents, singles % self.stride, 0)  # 0 is never given back
+        whole = np.flatnonzero(np.bincount(extent[in_extents]) == self.layers)
+        self._extents.push(whole)
+        self._singles.push(singles[~np.isin(extent, whole)])
 
     def layer_view(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V seen by ``layer`` when pages are named by the start of their extent."""
-        return self.k[layer:], self.v[layer:]
+        first = layer * self.stride
+        return self.k[first:], self.v[first:]

@@ -35,7 +35,7 @@ def violations(
         *_under_way(table, ring, leaving),
         *_arena(table, arena, ring),
         *_host(table, host),
-        *_extents(table),
+        *_extents(table, arena),
     ]
 
 
@@ -70,13 +70,14 @@ def _under_way(table: PageTable, ring: StagingRing, leaving: np.ndarray) -> Iter
 def _arena(table: PageTable, arena: Arena, ring: StagingRing) -> Iterator[str]:
     owned = table.device_page[:, 1:]
     claims = np.concatenate([owned[owned >= 0], arena.free_pages(), ring.free_pages()])
-    count = np.bincount(claims, minlength=arena.first_page + arena.num_pages)
-    if (lost := np.flatnonzero(count[arena.first_page :] == 0)).size:
-        yield f"{lost.size} arena pages have no owner: {(lost + arena.first_page)[:8]}"
+    count = np.bincount(claims, minlength=arena.num_pages)
+    if count[arena.padding_pages].any():
+        yield "the padding extent was handed out"
+    count[arena.padding_pages] = 1
+    if (lost := np.flatnonzero(count == 0)).size:
+        yield f"{lost.size} arena pages have no owner: {lost[:8]}"
     if (twice := np.flatnonzero(count > 1)).size:
         yield f"{twice.size} arena pages have two owners: {twice[:8]}"
-    if count[: arena.first_page].any():
-        yield "the padding extent was handed out"
 
 
 def _host(table: PageTable, host: HostStore) -> Iterator[str]:
@@ -92,9 +93,10 @@ def _host(table: PageTable, host: HostStore) -> Iterator[str]:
         yield f"{host.num_pages - free - len(owned)} host pages have no owner"
 
 
-def _extents(table: PageTable) -> Iterator[str]:
+def _extents(table: PageTable, arena: Arena) -> Iterator[str]:
     whole = np.flatnonzero(table.extent >= 0)
-    expected = table.extent[whole] + np.arange(table.layers, dtype=np.int32)[:, None]
+    layers = np.arange(table.layers, dtype=np.int32)[:, None]
+    expected = table.extent[whole] + arena.stride * layers
     if (table.device_page[:, whole] != expected).any():
         yield "a page is not where its extent says"
     if (table.host_page[:, whole] >= 0).any():

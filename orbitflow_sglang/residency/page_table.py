@@ -26,9 +26,10 @@ class PageState(IntEnum):
 class PageTable:
     """The tables and the questions asked of them."""
 
-    def __init__(self, layers: int, logical_pages: int) -> None:
+    def __init__(self, layers: int, logical_pages: int, extent_stride: int) -> None:
         shape = (layers, logical_pages + 1)  # page 0 absorbs padding, as in SGLang
         self.layers = layers
+        self._in_extent = extent_stride * np.arange(layers, dtype=np.int32)  # behind its start
         self.state = np.zeros(shape, dtype=np.uint8)
         self.device_page = np.full(shape, -1, dtype=np.int32)
         self.host_page = np.full(shape, -1, dtype=np.int32)
@@ -54,7 +55,7 @@ class PageTable:
         self.last_used[:] = 0
         # Page 0 is resident for good: the arena's first extent.
         self.state[:, 0] = PageState.DEVICE
-        self.device_page[:, 0] = np.arange(self.layers)
+        self.device_page[:, 0] = self._in_extent
         self.extent[0] = 0
         self.in_use[0] = True
 
@@ -78,7 +79,7 @@ class PageTable:
     def set_extents(self, pages: np.ndarray, starts: np.ndarray) -> None:
         """``pages`` become resident in every layer, each in one extent."""
         self.extent[pages] = starts
-        self.device_page[:, pages] = starts + np.arange(self.layers, dtype=np.int32)[:, None]
+        self.device_page[:, pages] = starts + self._in_extent[:, None]
         self.state[:, pages] = PageState.DEVICE
 
     def break_extents(self, pages: np.ndarray) -> None:

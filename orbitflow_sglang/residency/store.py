@@ -64,8 +64,8 @@ class ResidencyStore:
     ) -> None:
         self.layout = layout
         self.capacity = capacity
-        self.table = PageTable(layout.layers, capacity.logical_pages)
         self.arena = Arena(layout, capacity, device)
+        self.table = PageTable(layout.layers, capacity.logical_pages, self.arena.stride)
         self.host = HostStore(layout, capacity.host_pages, pinned=device != "cpu")
         self.engine = ThreadTransferEngine(self.arena, self.host, link_bytes_per_s)
         self.ring = StagingRing(
