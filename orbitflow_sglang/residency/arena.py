@@ -34,9 +34,12 @@ class PageStack:
         self.size += len(ids)
 
     def pop(self, count: int) -> np.ndarray:
-        """Take the last ``count``, of which there must be so many, the very last first; int32."""
+        """Take the last ``count``, of which there must be so many; int32, as pushed.
+
+        What was pushed in a run comes back in one, so that a copy stays a run.
+        """
         self.size -= count
-        return self._ids[self.size : self.size + count][::-1].copy()
+        return self._ids[self.size : self.size + count].copy()
 
     def values(self) -> np.ndarray:
         """All of them, as a view that does not outlive the next push."""
@@ -87,10 +90,11 @@ class Arena:
         return np.concatenate([self._pages_of(self._extents.values()), self._singles.values()])
 
     def take_extents(self, count: int) -> np.ndarray:
-        """First pages of up to ``count`` extents: fewer where fewer are whole."""
+        """First pages of up to ``count`` extents, adjacent ones in order: fewer where fewer
+        are whole."""
         if self._extents.size < count:
             self._coalesce()
-        return self._extents.pop(min(count, self._extents.size))
+        return self._extents.pop(min(count, self._extents.size))[::-1]
 
     def take_pages(self, count: int) -> np.ndarray:
         """``count`` single pages, from broken extents first.
@@ -100,19 +104,20 @@ class Arena:
         if count > self.num_free:
             raise ResidencyError(f"{count} arena pages wanted, {self.num_free} free")
         if (short := count - self._singles.size) > 0:
-            self._singles.push(self._pages_of(self._extents.pop(-(-short // self.layers))))
+            self._singles.push(self._pages_of(self.take_extents(-(-short // self.layers))))
         return self._singles.pop(count)
 
     def give_extents(self, starts: np.ndarray) -> None:
-        self._extents.push(starts)
+        self._extents.push(starts[::-1])
 
     def give_pages(self, pages: np.ndarray) -> None:
         self._singles.push(pages)
         self._returned += len(pages)
 
     def _pages_of(self, starts: np.ndarray) -> np.ndarray:
+        # Layer by layer, so that the pages of adjacent extents are runs.
         layers = np.arange(self.layers, dtype=np.int32)
-        return (starts[:, None] + self.stride * layers).reshape(-1)
+        return (self.stride * layers[:, None] + starts).reshape(-1)
 
     def _coalesce(self) -> None:
         """Single pages that together make whole extents become extents again."""
@@ -123,7 +128,7 @@ class Arena:
         in_extents = singles < self.layers * self.stride
         extent = np.where(in_extents, singles % self.stride, 0)  # 0 is never given back
         whole = np.flatnonzero(np.bincount(extent[in_extents]) == self.layers)
-        self._extents.push(whole)
+        self._extents.push(whole[::-1])
         self._singles.push(singles[~np.isin(extent, whole)])
 
     def layer_view(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
