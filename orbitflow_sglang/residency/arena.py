@@ -117,7 +117,8 @@ class Arena:
     def _pages_of(self, starts: np.ndarray) -> np.ndarray:
         # Layer by layer, so that the pages of adjacent extents are runs.
         layers = np.arange(self.layers, dtype=np.int32)
-        return (self.stride * layers[:, None] + starts).reshape(-1)
+        pages: np.ndarray = (self.stride * layers[:, None] + starts).reshape(-1)
+        return pages
 
     def _coalesce(self) -> None:
         """Single pages that together make whole extents become extents again."""
