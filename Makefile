@@ -15,7 +15,8 @@ STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream clean
+.PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream \
+  bench-planner clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -72,6 +73,9 @@ bench-overhead: setup ## decode throughput, all resident, against stock SGLang
 
 bench-stream: setup ## measured step time over an emulated link, against the bound
 	@$(OFFLINE) $(PY) -m eval.bench.stream $(ARGS)
+
+bench-planner: setup ## time and quality of plans, and what each idea brings
+	@$(OFFLINE) $(PY) -m eval.bench.planner $(ARGS)
 
 clean: ## remove .venv, the tiny models, logs and caches
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,179 @@
+"""The worker as a real process, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import orjson
+import pytest
+from problems import random_problem
+
+from orbitflow_sglang.planner.problem import PlanningProblem
+from orbitflow_sglang.planner.problem_file import problem_as_json
+from orbitflow_sglang.planner.solver import solve
+from orbitflow_sglang.planner.worker import COMMAND, Answer, PlannerWorker
+
+LIMIT_S = 60.0  # of a wait that ends with an error
+
+
+@pytest.fixture
+def one() -> PlanningProblem:
+    return random_problem(np.random.default_rng(7), 6, 16)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., PlannerWorker]]:
+    workers = []
+
+    def started(script: str = "", **more: float) -> PlannerWorker:
+        command = [sys.executable, "-c", script] if script else COMMAND
+        workers.append(PlannerWorker(command, **more))
+        return workers[-1]
+
+    yield started
+    for worker in workers:
+        worker.close()
+
+
+def wait_for(what: Callable[[], object]) -> object:
+    deadline = time.monotonic() + LIMIT_S
+    while not (found := what()):
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.005)
+    return found
+
+
+def answer(worker: PlannerWorker) -> Answer:
+    found = wait_for(worker.poll)
+    assert isinstance(found, Answer)
+    return found
+
+
+def test_the_plan_is_the_solvers(start: Callable[..., PlannerWorker], one: PlanningProblem) -> None:
+    worker = start()
+    worker.submit(one)
+    got, expected = answer(worker), solve(one)
+    assert got.outcome == "solved"
+    assert got.plan.units == expected.units
+    assert got.plan.step_time_s == expected.step_time_s
+    assert worker.counts == {"solved": 1} and not worker.busy
+
+
+def test_a_plan_in_force_is_known_by_its_number(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start()
+    worker.submit(one)
+    first = answer(worker)
+    worker.submit(one, in_force=first.number)
+    again = answer(worker)
+    assert again.outcome in ("reused", "repaired") or first.plan.paused.any()
+    worker.submit(one, in_force=999)
+    assert answer(worker).outcome == "cached"
+
+
+def test_a_problem_that_waits_is_replaced_by_the_next(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start()
+    other = random_problem(np.random.default_rng(8), 3, 16)
+    worker.submit(one)
+    worker.submit(one)
+    worker.submit(other)
+    assert worker.counts["late"] == 1
+    assert len(answer(worker).plan.units) == 6
+    assert len(answer(worker).plan.units) == 3
+
+
+def test_a_large_problem_does_not_block_the_caller(start: Callable[..., PlannerWorker]) -> None:
+    """More than a pipe holds, to a process that does not read."""
+    worker = start("import time; time.sleep(60)")
+    units = random_problem(np.random.default_rng(0), 3000, 8).units
+    large = PlanningProblem(8, 10**6, 1e-3, 1e-6, units)
+    assert len(orjson.dumps(problem_as_json(large))) > 1 << 16
+    worker.submit(large)
+    assert worker.poll() is None and worker.busy
+
+
+def test_a_killed_worker_is_replaced(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start()
+    worker.submit(one)
+    answer(worker)
+    assert worker._process is not None
+    os.kill(worker._process.pid, signal.SIGKILL)
+    wait_for(lambda: worker.poll() or worker.counts["failed"])
+    worker.submit(one)
+    assert len(answer(worker).plan.units) == 6
+    assert (worker.counts["failed"], worker.counts["restarts"]) == (1, 1)
+
+
+def test_a_hung_worker_is_replaced(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start("import time; time.sleep(600)", answer_timeout_s=0.05)
+    worker.submit(one)
+    process = worker._process
+    wait_for(lambda: worker.poll() or worker.counts["failed"])
+    assert process is not None and process.returncode is not None
+    assert not worker.busy
+
+
+def test_a_worker_that_cannot_start_is_tried_again_and_never_raises(one: PlanningProblem) -> None:
+    worker = PlannerWorker(["/nowhere/python"])
+    worker.submit(one)
+    assert worker.poll() is None
+    assert worker.counts["failed"] == 1 and worker.busy
+    wait_for(lambda: worker.poll() or worker.counts["restarts"])
+    assert worker.counts["failed"] == 2
+    worker.close()
+
+
+ECHO = "import sys, orjson\nfor line in sys.stdin.buffer:\n    q = orjson.loads(line)\n"
+NONSENSE = {
+    "no JSON": "print('HiGHS says hello', flush=True)",
+    "another number": "print('{\"number\": -1}', flush=True)",
+    "nothing in it": "print('{\"number\": %d}' % q['number'], flush=True)",
+    "a list": "print('[1, 2]', flush=True)",
+    "everything resident": (
+        "p = q['problem']; u = len(p['units'])\n"
+        "    z = '0' * (8 * u * p['layers'])\n"
+        "    print(orjson.dumps({'number': q['number'], 'outcome': 'solved', 'offloaded': z,"
+        " 'paused': [False] * u, 'fits': True, 'status': 'optimal', 'step_time_s': 1,"
+        " 'lower_bound_s': 1, 'arena_pages_used': 0, 'ring_pages': 0, 'never_fits': [],"
+        " 'solve_s': 0}).decode(), flush=True)"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_a_nonsensical_answer_is_discarded(kind: str, start: Callable[..., PlannerWorker]) -> None:
+    tight = random_problem(np.random.default_rng(7), 6, 16, tightness=(0.5, 0.6))
+    worker = start(ECHO + "    " + NONSENSE[kind])
+    worker.submit(tight)
+    wait_for(lambda: worker.poll() or worker.counts["invalid"])
+    assert worker.counts == {"invalid": 1} and not worker.busy
+
+
+def test_the_process_ends_with_its_input(one: PlanningProblem) -> None:
+    question = orjson.dumps({"number": 1, "problem": problem_as_json(one), "in_force": None})
+    run = subprocess.run(
+        COMMAND, input=question + b"\n", capture_output=True, timeout=LIMIT_S, check=True
+    )
+    (line,) = run.stdout.splitlines()
+    assert orjson.loads(line)["number"] == 1
+
+
+def test_planning_imports_neither_torch_nor_sglang() -> None:
+    script = (
+        "import sys, orbitflow_sglang.planner.worker\n"
+        "assert not {'torch', 'sglang'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=LIMIT_S)
