@@ -63,14 +63,18 @@ def group_by_size(pages: IntArray, layers: int) -> list[Columns]:
 
 
 def _request_wise(problem: PlanningProblem, pages: IntArray) -> Choice | None:
-    return solve_columns(
-        group_by_size(pages, problem.layers),
-        layer_compute_s=problem.layer_compute_s,
-        page_transfer_s=problem.page_transfer_s,
-        arena_pages=problem.arena_pages,
-        gap=EXACT,
-        time_limit_s=problem.time_limit_s,
-    )
+    try:
+        return solve_columns(
+            group_by_size(pages, problem.layers),
+            layer_compute_s=problem.layer_compute_s,
+            page_transfer_s=problem.page_transfer_s,
+            arena_pages=problem.arena_pages,
+            gap=EXACT,
+            time_limit_s=problem.time_limit_s,
+        )
+    except TimeoutError:  # nothing at all in time: one distance for all needs no search
+        found = _uniform(problem, pages)
+        return found and replace(found, bound_s=problem.resident_step_s, proven=False)
 
 
 def _uniform(problem: PlanningProblem, pages: IntArray) -> Choice | None:

@@ -117,3 +117,10 @@ def test_memory_counts_neither_ring_nor_tails_nor_growth() -> None:
     assert plan.status == "optimal" and plan.arena_pages_used == 20
     assert plan.units[0].pattern == "distance:1"
     assert plan.step_time_s == pytest.approx(4e-3 + max(0, 1e-3 - 1e-3, 2e-3 - 3e-3))
+
+
+def test_out_of_time_one_distance_for_all_is_taken() -> None:
+    one = problem([100, 80, 60], arena=1600, time_limit_s=0.0)
+    plan, uniform = solve_paper(one), solve_paper_uniform(one)
+    assert plan.status == "feasible"
+    assert (plan.offloaded == uniform.offloaded).all()
