@@ -107,7 +107,7 @@ def drawn(count: int, seed: int, units: int, layers: int, use: str) -> list[Plan
 
 def speed(count: int, seed: int) -> list[dict[str, Any]]:
     say("units layers  use     solve ms p50 / p99 / max    greedy ms   gap p99 / max   paused")
-    rows = []
+    rows, both_ms = [], []
     for units, layers in SIZES:
         for use in ("given", "alone"):
             plans, solve_ms, greedy_ms = [], [], []
@@ -130,12 +130,14 @@ def speed(count: int, seed: int) -> list[dict[str, Any]]:
                 "paused": sum(bool(plan.paused.any()) for plan in plans),
             }
             rows.append(row)
+            both_ms += solve_ms
             say(
                 f"{units:5d} {layers:6d}  {use}  {row['solve_p50_ms']:8.2f} "
                 f"{row['solve_p99_ms']:8.2f} {row['solve_max_ms']:8.2f}   "
                 f"{row['greedy_p50_ms']:7.3f}     {row['gap_p99']:7.2%} {row['gap_max']:7.2%}  "
                 f"{row['paused']:5d}"
             )
+    say(f"all together: p50 {_percentile(both_ms, 50):.2f}, p99 {_percentile(both_ms, 99):.2f} ms")
     return rows
 
 

@@ -171,14 +171,16 @@ def _solve_ordered(problem: PlanningProblem) -> Plan:
         _, late_now, idle_now, *_ = objective(plan)
         late, idle = min((late, idle), (late_now, idle_now))
     activation = choose_paused(problem, excluded, late, idle)
-    # The program's choice first: of equals it is the one that regards age. Its memory is in
-    # fractions of pages, so that with the last page of a host in use it may not fit.
-    choices = [quick] if activation is None else [activation.paused, quick]
-    for paused in choices:
-        if (paused != plan.paused).any():
-            other = place(problem, paused, never)
-            plan = other if compare(other, plan) < 0 else plan
-    return plan
+    if activation is not None:
+        chosen = plan if (activation.paused == plan.paused).all() else None
+        chosen = chosen or place(problem, activation.paused, never)
+        if chosen.fits and activation.proven:
+            return chosen if compare(chosen, plan) <= 0 else plan
+        plan = chosen if compare(chosen, plan) < 0 else plan
+    # Nothing was found or proven. Or it does not fit: the program counts parts of pages, which
+    # matters when the last page of the host is in use.
+    other = place(problem, quick, never)
+    return other if compare(other, plan) < 0 else plan
 
 
 def _rated_pauses(
