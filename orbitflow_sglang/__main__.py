@@ -83,7 +83,7 @@ def as_table(plan: Plan) -> str:
     lines = [
         f"{problem.mode}: {plan.status}, solved in {plan.solve_s * 1e3:.1f} ms",
         f"step     {step:.2f} ms: compute {problem.resident_step_s * 1e3:.2f}, stall "
-        f"{plan.stall_s * 1e3:.2f}; no plan is faster than {bound:.2f} ({plan.gap:.1%} below)",
+        f"{plan.stall_s * 1e3:.2f}; {plan.gap:.1%} above the bound of any plan, {bound:.2f}",
         f"arena    {problem.arena_pages} pages: {plan.arena_pages_used} used, ring "
         f"{plan.ring_pages}, {free} free",
         f"link     {plan.streamed_pages} pages a step; {plan.migration_pages} move to adopt the "

@@ -154,6 +154,8 @@ def scheduler_side(seed: int) -> dict[str, float]:
             time.sleep(0.002)
             begun = time.perf_counter()
             answer = worker.poll()
+            if not worker.busy and answer is None:
+                raise RuntimeError(f"the worker gave no usable plan: {worker.counts}")
             if answer is not None:
                 polls.append(1e3 * (time.perf_counter() - begun))
         adoptions.append(_timed(lambda: adopt(one, answer.plan, last)))  # noqa: B023
@@ -316,8 +318,9 @@ def _authors(problem: PlanningProblem, arena_pages: int) -> Plan:
 # --- incremental ------------------------------------------------------------------
 
 
-def batches(changes: int) -> Iterator[PlanningProblem]:
-    """The batch behind each of so many arrivals, finishes and ends of a window.
+def batches(changes: int) -> Iterator[tuple[PlanningProblem, int]]:
+    """The batch behind each of so many arrivals, finishes and ends of a window, and the steps
+    since the one before.
 
     Requests of the Mooncake trace decode together, up to 16 and up to 1.6 arenas of KV, in
     steps of 50 ms: an 8B model whose arena holds 38k tokens in 32 layers.
@@ -351,11 +354,11 @@ def batches(changes: int) -> Iterator[PlanningProblem]:
             running[f"r{number}"] = [one.input_tokens, total]
             number += 1
             changed = True
-        since = 0 if changed else since + 1
+        since += 1
         if running and (changed or since >= window):
-            since = 0
             changes -= 1
-            yield problem()
+            yield problem(), since
+            since = 0
         for tokens in running.values():
             tokens[0] += 1
         now += step_s
@@ -364,10 +367,10 @@ def batches(changes: int) -> Iterator[PlanningProblem]:
 def incremental(changes: int) -> dict[str, Any]:
     planner, knowing, afresh = IncrementalPlanner(), _Total(), _Total()
     moved, updates_ms = 0, []
-    for problem in batches(changes):
+    for problem, steps in batches(changes):
         before = planner.plan
         begun = time.perf_counter()
-        plan, outcome = planner.update(problem)
+        plan, outcome = planner.update(problem, steps)
         updates_ms.append(1e3 * (time.perf_counter() - begun))
         if outcome != "reused" and before is not None:
             moved += build_plan(

@@ -57,7 +57,6 @@ def solve_columns(
     cyclic: bool = False,
     gap: float = 1e-9,
     time_limit_s: float | None = None,
-    node_limit: int | None = None,
 ) -> Choice | None:
     """The choice of least step time whose resident pages fit the arena; None: none fits.
 
@@ -75,7 +74,12 @@ def solve_columns(
         left = None if until is None else until - time.monotonic()
         if left is not None and left <= 0:
             break
-        result = model.solve(rows, cyclic, gap, left, node_limit)
+        try:
+            result = model.solve(rows, cyclic, gap, left)
+        except TimeoutError:
+            if best is None:
+                raise
+            break
         solves += 1
         if result is None:
             if best is None and solves == 1:
@@ -133,7 +137,6 @@ class _Model:
         cyclic: bool,
         gap: float,
         time_limit_s: float | None,
-        node_limit: int | None,
     ) -> tuple[FloatArray, float, bool] | None:
         """Counts of every column, a bound of the stall, and whether the gap was reached."""
         columns = len(self._resident)
@@ -169,8 +172,6 @@ class _Model:
         options: dict[str, float] = {"mip_rel_gap": gap}
         if time_limit_s is not None:
             options["time_limit"] = time_limit_s
-        if node_limit is not None:
-            options["node_limit"] = node_limit
         result = milp(
             objective, integrality=integrality, bounds=Bounds(0, upper),
             constraints=constraints, options=options,

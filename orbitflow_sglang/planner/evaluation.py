@@ -157,11 +157,6 @@ def memory_faults(
     return faults
 
 
-def fits(problem: PlanningProblem, offloaded: IntArray, paused: BoolArray) -> bool:
-    """Whether arena and host hold the placement, with the ring that it needs."""
-    return not memory_faults(problem, offloaded, paused, Memory.of(problem, ~paused))
-
-
 def never_fitting(problem: PlanningProblem) -> tuple[str, ...]:
     """Requests that arena and host together cannot hold, each with all that it uses."""
     alone = np.diag(problem.is_request)
@@ -243,4 +238,7 @@ def plan_faults(problem: PlanningProblem, offloaded: IntArray, paused: BoolArray
     held = paused & (offloaded.any(axis=1) | ~waits)
     if (offloaded[held] != pages[held]).any():
         faults.append("a paused unit has pages on the device")
+    streamed, budget = int(offloaded[~paused].sum()), problem.stream_budget_pages
+    if budget is not None and streamed > budget:
+        faults.append(f"{streamed} pages a step exceed the budget of {budget}")
     return faults + memory_faults(problem, offloaded, paused, Memory.of(problem, ~paused))

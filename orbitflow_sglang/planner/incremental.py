@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from orbitflow_sglang.planner.evaluation import build_plan, plan_faults
-from orbitflow_sglang.planner.greedy import fill
-from orbitflow_sglang.planner.problem import GAP, BoolArray, Plan, PlanningProblem
-from orbitflow_sglang.planner.solver import greedy, solve
+from orbitflow_sglang.planner.evaluation import (
+    build_plan,
+    holding_nothing,
+    never_fitting,
+    plan_faults,
+)
+from orbitflow_sglang.planner.greedy import fill, lower
+from orbitflow_sglang.planner.modes import make_plan
+from orbitflow_sglang.planner.problem import GAP, BoolArray, IntArray, Plan, PlanningProblem
+from orbitflow_sglang.planner.solver import greedy
 
 Outcome = Literal["reused", "repaired", "cached", "solved"]
 Source = Literal["planned", "kept", "greedy"]
 CACHED_PLANS = 256
-_MACHINE = tuple(field.name for field in fields(PlanningProblem) if field.name != "units")
+DRIFT = 0.05  # a plan made for other times than these, as a share, is made anew
+_SAME = ("layers", "arena_pages", "mode", "window_steps", "ring_pages", "host_pages")
+_LIKE = ("layer_compute_s", "page_transfer_s", "transfer_setup_s")
 
 
 class IncrementalPlanner:
@@ -31,8 +39,8 @@ class IncrementalPlanner:
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.steps = 0  # since the plan in force was made
         self.outcomes: Counter[Outcome] = Counter()
-        self._steps = 0  # since the plan in force was made
         self._cache: OrderedDict[PlanningProblem, Plan] = OrderedDict()
 
     def update(self, problem: PlanningProblem, steps: int = 1) -> tuple[Plan, Outcome]:
@@ -40,40 +48,51 @@ class IncrementalPlanner:
 
         Where the plan in force has placed a unit, that is its ``present``.
         """
-        self._steps += steps
+        self.steps += steps
         plan = self.plan
-        in_window = plan is not None and self._steps < plan.problem.window_steps
-        if plan is not None and in_window and covers(plan.problem, problem):
+        in_window = plan is not None and self.steps < plan.problem.window_steps
+        if plan is not None and in_window and covers(plan, problem):
             self.outcomes["reused"] += 1
             return plan, "reused"
         begun = time.perf_counter()
         plan, outcome = self._find(placed_as(problem, self.plan))
-        self.plan, self._steps = replace(plan, solve_s=time.perf_counter() - begun), 0
+        self.plan, self.steps = replace(plan, solve_s=time.perf_counter() - begun), 0
         self.outcomes[outcome] += 1
         return self.plan, outcome
 
     def _find(self, problem: PlanningProblem) -> tuple[Plan, Outcome]:
         if self.plan is not None and (plan := repair(problem, self.plan)) is not None:
             return plan, "repaired"
-        if (known := self._cache.get(problem)) is not None:
-            self._cache.move_to_end(problem)
+        # Age decides between equals only, and never stays the same.
+        ageless = replace(problem, units=tuple(replace(u, age_s=0.0) for u in problem.units))
+        if (known := self._cache.get(ageless)) is not None:
+            self._cache.move_to_end(ageless)
             return known, "cached"
-        plan = solve(problem)
-        self._cache[problem] = plan
+        plan = make_plan(problem)
+        self._cache[ageless] = plan
         if len(self._cache) > CACHED_PLANS:
             self._cache.popitem(last=False)
         return plan, "solved"
 
 
-def covers(made: PlanningProblem, problem: PlanningProblem) -> bool:
-    """Whether a plan for ``made`` is one for ``problem``: the same units, grown no further than
-    was planned for, in the same machine."""
+def covers(plan: Plan, problem: PlanningProblem) -> bool:
+    """Whether ``plan`` is one for ``problem``: the same units, grown no further than was
+    planned for, on the same machine, whose times have not drifted."""
+    made, budget = plan.problem, problem.stream_budget_pages
     if made is problem:
         return True
-    if len(made.units) != len(problem.units) or any(
-        getattr(made, name) != getattr(problem, name) for name in _MACHINE
-    ):
+    if len(made.units) != len(problem.units) or not plan.fits:
         return False
+    if any(getattr(made, name) != getattr(problem, name) for name in _SAME):
+        return False
+    if (budget is None) != (made.stream_budget_pages is None):
+        return False
+    if budget is not None and plan.streamed_pages > budget:
+        return False
+    for name in _LIKE:
+        was, now = getattr(made, name), getattr(problem, name)
+        if abs(was - now) > DRIFT * was:
+            return False
     return all(
         old.id == new.id
         and old.tpot_slo_s == new.tpot_slo_s
@@ -101,11 +120,11 @@ def repair(problem: PlanningProblem, plan: Plan) -> Plan | None:
     Who was there stays in place, and newcomers are offloaded as far as room is missing.
     The units of ``problem`` are present where ``plan`` has them.
     """
-    if plan.paused.any():
+    if plan.paused.any() or problem.mode != "orbitflow":
         return None
     known = {unit.id for unit in plan.problem.units}
     new = np.array([unit.id not in known for unit in problem.units], dtype=bool)
-    repaired = _filled(problem, np.zeros(len(problem.units), dtype=bool), new)
+    repaired = _filled(problem, problem.present, np.zeros(len(problem.units), dtype=bool), new)
     good = repaired.fits and not repaired.late.any() and repaired.gap <= GAP
     return repaired if good else None
 
@@ -122,19 +141,34 @@ def adopt(problem: PlanningProblem, answer: Plan | None, last: Plan | None) -> t
     for plan, source in candidates:
         if plan is None:
             continue
-        if plan.fits and covers(plan.problem, problem):
+        if covers(plan, problem):
             return plan, source
-        now = placed_as(problem, plan)
-        paused_ids = {unit.id for unit in plan.units if unit.paused}
-        paused = np.array([unit.id in paused_ids for unit in problem.units], dtype=bool)
-        paused = ~problem.with_users(~paused & problem.is_request)
-        carried = _filled(now, paused, np.ones(len(paused), dtype=bool))
-        runs = not (paused & problem.is_request).all() or not problem.is_request.any()
-        if runs and not plan_faults(problem, carried.offloaded, paused):
-            return replace(carried, problem=problem), source
+        carried = _carried(problem, plan)
+        if carried is not None:
+            return carried, source
     return greedy(problem), "greedy"
 
 
-def _filled(problem: PlanningProblem, paused: BoolArray, movable: BoolArray) -> Plan:
-    offloaded = fill(problem, ~paused, problem.present, page_ranges=True, movable=movable)
-    return build_plan(problem, offloaded, paused)
+def _carried(problem: PlanningProblem, plan: Plan) -> Plan | None:
+    """``plan`` made to fit another batch; None: that cannot be."""
+    now = placed_as(problem, plan)
+    paused_ids = {unit.id for unit in plan.units if unit.paused}
+    paused = np.array([unit.id in paused_ids for unit in problem.units], dtype=bool)
+    paused = ~problem.with_users(~paused & problem.is_request)
+    if problem.is_request.any() and (paused | ~problem.is_request).all():
+        return None
+    everyone = np.ones(len(paused), dtype=bool)
+    for start in (now.present, lower(now, ~paused, now.present)):
+        carried = _filled(now, start, paused, everyone)
+        if carried.fits and not plan_faults(problem, carried.offloaded, paused):
+            return replace(carried, problem=problem)
+    return None
+
+
+def _filled(
+    problem: PlanningProblem, start: IntArray, paused: BoolArray, movable: BoolArray
+) -> Plan:
+    never = never_fitting(problem)
+    offloaded = fill(problem, ~paused, start, page_ranges=True, movable=movable)
+    offloaded[holding_nothing(problem, never)] = 0
+    return build_plan(problem, offloaded, paused, never_fits=never)

@@ -11,7 +11,7 @@ paused. Units r with c_r pages a layer, tails included in w_r = L (c_r + tail):
     pipeline   T >= L t,  T >= t_b D
     SLO        v_r >= W T / slo_r - deposit_r - W (1 - z_r)
     host       D + sum L c_r z_r <= host
-    prefix     z_s <= z_u                             for each user u of prefix s
+    prefix     z_s <= z_u for each user u of prefix s, z_s >= sum z_u - (users - 1)
     somebody   sum (1 - z_r) >= 1
 
 Objectives, each solved with the ones before as constraints: late tokens; pauses of requests
@@ -48,7 +48,6 @@ class Activation:
 
     paused: BoolArray
     proven: bool
-    solves: int
 
 
 def choose_paused(
@@ -64,13 +63,12 @@ def choose_paused(
     until = None if problem.time_limit_s is None else time.monotonic() + problem.time_limit_s
     limits: list[tuple[FloatArray, float]] = []
     point: FloatArray | None = None
-    proven, solves = True, 0
+    proven = True
 
     def solve(objective: FloatArray) -> float | None:
-        nonlocal point, proven, solves
+        nonlocal point, proven
         left = None if until is None else until - time.monotonic()
         found = model.solve(objective, limits, left)
-        solves += 1
         if found is None:
             proven = False
             return None
@@ -96,7 +94,7 @@ def choose_paused(
     solve(model.row(step=1.0, pauses=GAP / 2 / (len(problem.units) + 1)))
     if point is None:
         return None
-    return Activation(model.paused(point), proven, solves)
+    return Activation(model.paused(point), proven)
 
 
 class _Model:
@@ -147,6 +145,8 @@ class _Model:
         for prefix, users in problem.users:
             for user in users:
                 self._at_most(0.0, z=pauses[prefix] - pauses[user])
+            together = pauses[users].sum(axis=0) - pauses[prefix]
+            self._at_most(len(users) - 1.0, z=together)
         requests = (problem.is_request & everyone).astype(float)
         self._at_most(requests.sum() - 1, z=requests)
         # |migration| of the active units together: D against what they have on the host.

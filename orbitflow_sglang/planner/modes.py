@@ -17,7 +17,7 @@ from orbitflow_sglang.planner.evaluation import build_plan
 from orbitflow_sglang.planner.paper import solve_paper, solve_paper_uniform
 from orbitflow_sglang.planner.patterns import distance_mask
 from orbitflow_sglang.planner.policies import make_policy
-from orbitflow_sglang.planner.problem import BoolArray, Plan, PlanningProblem
+from orbitflow_sglang.planner.problem import BoolArray, IntArray, Plan, PlanningProblem
 from orbitflow_sglang.planner.solver import solve
 
 Mode = Callable[[PlanningProblem], Plan]
@@ -28,9 +28,13 @@ MODE_HELP = (
 
 
 def make_plan(problem: PlanningProblem) -> Plan:
-    """Plan by the mode of the problem. Raises ``ValueError`` for a mode that is not there."""
+    """Plan by the mode of the problem. Raises ``ValueError`` for a mode that is not there.
+
+    Units are put in the order of their ids first, so that theirs does not matter.
+    """
     begun = time.perf_counter()
-    plan = find_mode(problem.mode)(problem)
+    ordered = problem.canonical()
+    plan = find_mode(problem.mode)(ordered).in_order_of(problem)
     return replace(plan, solve_s=time.perf_counter() - begun)
 
 
@@ -57,16 +61,17 @@ def _next_layer(problem: PlanningProblem) -> Plan:
 def _flexgen(problem: PlanningProblem) -> Plan:
     """FlexGen+: as many layers on the device as it holds were each request of average length.
 
-    Per layer b = sum of max(c_r, average) + 1; every request keeps floor(N / b) layers.
-    The authors take the average over the whole trace, which only an oracle knows.
+    Per layer b = sum of max(c_r, average) + 1, tails included in c_r; every request keeps
+    floor(N / b) layers. The authors take the average over the whole trace, which only an
+    oracle knows.
     """
-    per_layer = int(np.ceil(np.maximum(problem.pages_now, _average(problem))).sum())
+    per_layer = int(np.ceil(np.maximum(_lengths(problem), _average(problem))).sum())
     return _offload(problem, _even(problem, per_layer + len(problem.units)))
 
 
 def _distn_single(problem: PlanningProblem) -> Plan:
     """Dynamic heuristic: FlexGen+ on the present lengths alone, with two pages to spare each."""
-    per_layer = int(problem.pages_now.sum()) + 3 * len(problem.units)
+    per_layer = int(_lengths(problem).sum()) + 2 * len(problem.units)
     return _offload(problem, _even(problem, per_layer))
 
 
@@ -80,18 +85,17 @@ def _even(problem: PlanningProblem, per_layer: int) -> BoolArray:
 
 
 def _select_n(problem: PlanningProblem) -> Plan:
-    """Select-N: every (L/n)-th layer, n the times that a pass of transfers fits compute.
+    """Select-N: distance L/n, n the times that a pass of transfers fits into one of compute.
 
-    Of whole passes, as the authors implement it: n = floor(compute of a step / transfer of
-    all layers), with lengths of at least the average. Neither SLO nor memory enters.
+    As the authors implement it: n = floor(compute of a step / transfer of all layers), with
+    lengths of at least the average; L itself stands for no offloading, and n < 1 for a
+    distance of 1. Neither SLO nor memory enters.
     """
     layers = problem.layers
-    pages = float(np.maximum(problem.pages_now, _average(problem)).sum())
+    pages = float(np.maximum(_lengths(problem), _average(problem)).sum())
     transfer = layers * pages * problem.page_transfer_s
-    ratio = problem.resident_step_s / transfer if transfer else np.inf
-    if ratio >= layers:
-        return _offload(problem, np.zeros(layers, dtype=bool))
-    distance = max(1, layers // int(ratio)) if ratio >= 1 else 1
+    times = int(min(layers, problem.resident_step_s / transfer)) if transfer else layers
+    distance = max(1, layers // times) if times >= 1 else 1
     return _offload(problem, distance_mask(distance, layers))
 
 
@@ -130,11 +134,16 @@ def _resident(problem: PlanningProblem, running: list[int]) -> Plan:
     return build_plan(problem, offloaded, ~active)
 
 
+def _lengths(problem: PlanningProblem) -> IntArray:
+    """Pages in one layer now, the tail counted as one."""
+    return problem.pages_now + problem.tails
+
+
 def _average(problem: PlanningProblem) -> float:
     given = problem.average_pages_per_layer
     if given is not None:
         return given
-    return float(problem.pages_now.mean()) if problem.units else 0.0
+    return float(_lengths(problem).mean()) if problem.units else 0.0
 
 
 def _offload(problem: PlanningProblem, mask: BoolArray) -> Plan:

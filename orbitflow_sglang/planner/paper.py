@@ -95,6 +95,9 @@ def _solve(
     problem: PlanningProblem, choose: Callable[[PlanningProblem, IntArray], Choice | None]
 ) -> Plan:
     begun = time.perf_counter()
+    problem = replace(
+        problem, units=tuple(replace(unit, growth_pages_per_layer=0) for unit in problem.units)
+    )
     active = problem.with_users(problem.is_request)
     pages = problem.pages_now
     if problem.layers < 2:  # no distance offloads a single layer

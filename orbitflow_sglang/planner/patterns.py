@@ -18,7 +18,8 @@ FloatArray = NDArray[np.float64]
 
 def distance_mask(distance: int, layers: int) -> BoolArray:
     """The layers that distance d >= 1 offloads, ``[layers]``."""
-    mask: BoolArray = np.arange(1, layers + 1) % (distance + 1) == 0
+    # From d = L on nothing is offloaded, and a larger d need not fit an integer.
+    mask: BoolArray = np.arange(1, layers + 1) % (min(distance, layers) + 1) == 0
     return mask
 
 

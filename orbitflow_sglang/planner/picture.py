@@ -30,7 +30,7 @@ def draw(plan: Plan) -> str:
         *_legend(48),
         _text(LEFT, grid_top - 8, f"layer 1 to {problem.layers}"),
         *_grid(plan, grid_top),
-        _text(LEFT, lanes_top - 12, f"one step, {plan.step_time_s * 1e3:.2f} ms, of many in a row"),
+        _text(LEFT, lanes_top - 12, "one step of many in a row"),
         *_lanes(plan, lanes_top),
         "</svg>",
     ]
@@ -77,7 +77,7 @@ def _grid(plan: Plan, top: int) -> list[str]:
 
 def _lanes(plan: Plan, top: int) -> list[str]:
     begin, pieces = _one_step(plan)
-    length = max(plan.step_time_s, pieces[-1].end_s - begin)
+    length = pieces[-1].end_s - begin
     scale = (WIDTH - LEFT - 16) / length
 
     def box(lane: int, start: float, end: float, colour: str) -> str:
@@ -132,5 +132,5 @@ def _box(x: float, y: float, width: float, height: float, colour: str) -> str:
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">'
-        f"{escape(text)}</text>"
+        f"{escape(''.join(c if c.isprintable() else '?' for c in text))}</text>"
     )

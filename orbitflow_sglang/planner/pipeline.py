@@ -24,6 +24,7 @@ from orbitflow_sglang.planner.problem import FloatArray, IntArray
 CONVERGED = 1e-9  # relative difference of two steps in a row
 FIRST_STEPS = 3
 MAX_STEPS = 64
+MAX_PIECES = 64  # of a layer; beyond, pages are simulated in groups
 
 
 class Piece(NamedTuple):
@@ -214,9 +215,11 @@ def cyclic_step_s(
     if 2 * peak <= ring_pages and float(transfer.min()) == slowest:
         return len(pages) * slowest  # link-bound: the ring has room for the next layer
     steps = FIRST_STEPS
+    group = -(-peak // (MAX_PIECES * max(1, ring_pages // 2)))
+    grouped, ring = -(-pages // group), max(2, ring_pages // group)
     while True:
         ends = step_ends(
-            pages.tolist(), layer_compute_s, page_transfer_s, ring_pages,
+            grouped.tolist(), layer_compute_s, page_transfer_s * group, ring,
             setup_s=setup.tolist(), steps=steps,
         )  # fmt: skip
         last, before = ends[-1] - ends[-2], ends[-2] - ends[-3]

@@ -59,7 +59,7 @@ class Distance:
         self._distance = distance
 
     def place(self, units: int, layers: int) -> BoolArray:
-        offloaded = np.arange(1, layers + 1) % (self._distance + 1) == 0
+        offloaded = np.arange(1, layers + 1) % (min(self._distance, layers) + 1) == 0
         return np.tile(offloaded, (units, 1))
 
 

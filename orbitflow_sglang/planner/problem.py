@@ -157,6 +157,18 @@ class Plan:
     never_fits: tuple[str, ...] = ()  # requests that no plan can hold
     solve_s: float = field(default=0.0)
 
+    def in_order_of(self, problem: PlanningProblem) -> Plan:
+        """This plan with the units in the order of ``problem``, which has the same."""
+        if [unit.id for unit in self.problem.units] == [unit.id for unit in problem.units]:
+            return self
+        row_of = {unit.id: row for row, unit in enumerate(self.problem.units)}
+        rows = [row_of[unit.id] for unit in problem.units]
+        units = tuple(self.problem.units[row] for row in rows)
+        reordered = replace(self.problem, units=units)
+        return replace(
+            self, problem=reordered, offloaded=self.offloaded[rows], paused=self.paused[rows]
+        )
+
     @property
     def stall_s(self) -> float:
         """Step time beyond compute."""

@@ -35,15 +35,19 @@ def load_problem(text: bytes) -> PlanningProblem:
     return parse_problem(values)
 
 
-def parse_problem(values: object) -> PlanningProblem:
-    """The problem in decoded JSON. Raises ``ProblemError``."""
+def parse_problem(values: object, *, clip: bool = False) -> PlanningProblem:
+    """The problem in decoded JSON. Raises ``ProblemError``.
+
+    ``clip``: of a range that ends beyond its unit, which has lost pages since, only what is
+    there counts.
+    """
     fields = _fields("", values, _PROBLEM, required=_REQUIRED)
     listed = fields.pop("units")
     units = []
     for number, unit in enumerate(listed):
         where = f"units[{number}]"
         units.append(Unit(**_fields(where, unit, _UNIT, required=("id", "pages_per_layer"))))
-    _check_units(units, fields["layers"])
+    _check_units(units, fields["layers"], clip)
     return PlanningProblem(units=tuple(units), **fields)
 
 
@@ -100,7 +104,7 @@ def _fields(
     return {key: readers[key](prefix + key, value) for key, value in values.items()}
 
 
-def _check_units(units: list[Unit], layers: int) -> None:
+def _check_units(units: list[Unit], layers: int, clip: bool) -> None:
     requests = {unit.id for unit in units if not unit.shared_by}
     seen = set()
     for number, unit in enumerate(units):
@@ -116,7 +120,7 @@ def _check_units(units: list[Unit], layers: int) -> None:
                 raise ProblemError(f"{where}.{key}: a shared prefix has none of its own")
         if isinstance(unit.present, str):
             try:
-                parse_pattern(unit.present, layers, unit.pages_at_end)
+                parse_pattern(unit.present, layers, unit.pages_at_end, clip=clip)
             except ValueError as error:
                 raise ProblemError(f"{where}.present: {error}") from None
         elif any(layer > layers for layer in unit.present):

@@ -47,9 +47,7 @@ def solve(problem: PlanningProblem) -> Plan:
     """
     begun = time.perf_counter()
     ordered = problem.canonical()
-    plan = _solve_ordered(ordered)
-    if ordered.units != problem.units:
-        plan = _in_order_of(problem, plan)
+    plan = _solve_ordered(ordered).in_order_of(problem)
     return replace(plan, solve_s=time.perf_counter() - begun)
 
 
@@ -220,10 +218,3 @@ def _candidates(
         return
     yield fill(problem, active, lower(problem, active, present), page_ranges=page_ranges)
     yield fill(problem, active, np.zeros_like(present), page_ranges=page_ranges)
-
-
-def _in_order_of(problem: PlanningProblem, plan: Plan) -> Plan:
-    """``plan``, whose problem has the units of ``problem`` in another order, in its order."""
-    row_of = {unit.id: row for row, unit in enumerate(plan.problem.units)}
-    rows = [row_of[unit.id] for unit in problem.units]
-    return replace(plan, problem=problem, offloaded=plan.offloaded[rows], paused=plan.paused[rows])

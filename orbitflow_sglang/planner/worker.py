@@ -17,14 +17,14 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import orjson
 
-from orbitflow_sglang.planner.evaluation import plan_faults
+from orbitflow_sglang.planner.evaluation import Memory, plan_faults
 from orbitflow_sglang.planner.incremental import IncrementalPlanner, Outcome
-from orbitflow_sglang.planner.problem import Plan, PlanningProblem
+from orbitflow_sglang.planner.problem import Plan, PlanningProblem, Status
 from orbitflow_sglang.planner.problem_file import parse_problem, problem_as_json
 
 COMMAND = (sys.executable, "-m", "orbitflow_sglang.planner.worker")
@@ -33,12 +33,16 @@ FIRST_RESTART_S, LAST_RESTART_S = 0.5, 60.0  # pause before a restart: doubled e
 READ_BYTES = 1 << 16
 MAX_ANSWER_BYTES = 1 << 26
 REMEMBERED_PLANS = 16  # of which one may be in force
+ROUNDING = 1e-9  # a step at its bound may come out below it
 NICENESS = 5  # below the scheduler, which must not wait for a core
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A plan from the worker that fits the problem it was made for."""
+    """A plan from the worker that fits the problem it was made for.
+
+    ``reused``: it is the plan in force, with that plan's number.
+    """
 
     number: int  # names the plan to the worker
     plan: Plan
@@ -46,8 +50,9 @@ class Answer:
 
 
 class PlannerWorker:
-    """The scheduler's end. Calls return at once; ``counts`` has what came of them:
-    answers by outcome, and ``late``, ``failed``, ``invalid``, ``restarts``."""
+    """The scheduler's end. Calls return at once; ``counts`` has what came of them: answers by
+    outcome, ``late`` (a problem that the next one replaced before the worker was free),
+    ``failed`` (a process that ended or hung), ``invalid`` answers, and ``restarts``."""
 
     def __init__(
         self, command: Sequence[str] = COMMAND, answer_timeout_s: float = ANSWER_TIMEOUT_S
@@ -61,19 +66,21 @@ class PlannerWorker:
         self._waiting: _Question | None = None  # not sent yet: the worker is busy
         self._asked: _Question | None = None
         self._input, self._output = bytearray(), bytearray()
+        self._plans: OrderedDict[int, Plan] = OrderedDict()  # the last ones, by number
+        self._ended: list[subprocess.Popen[bytes]] = []  # killed, to be reaped
         self._closed = False
         self._start()
 
-    def submit(self, problem: PlanningProblem, in_force: int | None = None) -> None:
+    def submit(self, problem: PlanningProblem, in_force: int | None = None, steps: int = 1) -> None:
         """Ask for a plan. A problem that still waits for the worker is replaced by this one.
 
-        ``in_force`` is the number of the answer that the engine runs with, when it does:
-        the worker then changes that plan as little as can be.
+        ``in_force`` is the number of the answer that the engine runs with, when it does, and
+        for how many ``steps``: the worker then changes that plan as little as can be.
         """
         if self._waiting is not None:
             self.counts["late"] += 1
         self._number += 1
-        self._waiting = _Question(self._number, problem, in_force)
+        self._waiting = _Question(self._number, problem, in_force, steps)
         self._move()
 
     def poll(self) -> Answer | None:
@@ -88,9 +95,11 @@ class PlannerWorker:
         return self._asked is not None or self._waiting is not None
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and wait until it has ended."""
         self._closed = True
         self._stop()
+        for process in self._ended:
+            process.wait()
 
     # --- the process ------------------------------------------------------------
 
@@ -119,7 +128,11 @@ class PlannerWorker:
             with contextlib.suppress(OSError):
                 assert pipe is not None
                 pipe.close()
-        process.wait()
+        self._ended.append(process)
+        self._reap()
+
+    def _reap(self) -> None:
+        self._ended = [process for process in self._ended if process.poll() is None]
 
     def _failed(self) -> None:
         """The process is of no use any more: replace it, after a pause."""
@@ -132,6 +145,7 @@ class PlannerWorker:
     # --- moving bytes -----------------------------------------------------------
 
     def _move(self) -> None:
+        self._reap()
         if self._process is None:
             if self._closed or time.monotonic() < self._restart_at:
                 return
@@ -162,20 +176,21 @@ class PlannerWorker:
 
     def _receive(self) -> Answer | None:
         assert self._process is not None and self._process.stdout is not None
-        while True:
+        ended = False
+        while not ended:
             try:
                 read = os.read(self._process.stdout.fileno(), READ_BYTES)
             except BlockingIOError:
                 break
-            if not read or len(self._output) > MAX_ANSWER_BYTES:
-                self._failed()
-                return None
             self._output += read
+            ended = not read or len(self._output) > MAX_ANSWER_BYTES
         *lines, rest = self._output.split(b"\n")
         self._output = bytearray(rest)
         answer = None
         for line in lines:
             answer = self._answer(bytes(line)) or answer
+        if ended:
+            self._failed()
         return answer
 
     def _answer(self, line: bytes) -> Answer | None:
@@ -184,12 +199,13 @@ class PlannerWorker:
             return None
         asked, self._asked = self._asked, None
         try:
-            answer = _read_answer(line, asked)
+            answer = _read_answer(line, asked, self._plans)
         except (ValueError, KeyError, TypeError):
             self.counts["invalid"] += 1
             return None
         self.counts[answer.outcome] += 1
         self._restart_s = FIRST_RESTART_S
+        _remember(self._plans, answer.number, answer.plan)
         return answer
 
 
@@ -198,72 +214,106 @@ class _Question:
     number: int
     problem: PlanningProblem
     in_force: int | None
+    steps: int
     sent_s: float = 0.0
 
     def line(self) -> bytes:
-        problem = problem_as_json(self.problem)
-        values = {"number": self.number, "problem": problem, "in_force": self.in_force}
+        values = {
+            "number": self.number,
+            "problem": problem_as_json(self.problem),
+            "in_force": self.in_force,
+            "steps": self.steps,
+        }
         return orjson.dumps(values) + b"\n"
 
 
-def _read_answer(line: bytes, asked: _Question) -> Answer:
-    """Raises ``ValueError``, ``KeyError`` or ``TypeError`` for anything but a usable plan."""
+def _remember(plans: OrderedDict[int, Plan], number: int, plan: Plan) -> None:
+    plans[number] = plan
+    plans.move_to_end(number)
+    if len(plans) > REMEMBERED_PLANS:
+        plans.popitem(last=False)
+
+
+def _read_answer(line: bytes, asked: _Question, plans: OrderedDict[int, Plan]) -> Answer:
+    """Raises ``ValueError``, ``KeyError`` or ``TypeError`` for anything but a usable plan.
+
+    What follows from the placement is computed here, not believed.
+    """
     values, problem = orjson.loads(line), asked.problem
     if values["number"] != asked.number:
         raise ValueError("an answer to another question")
+    outcome, status = values["outcome"], values["status"]
+    if outcome not in get_args(Outcome) or status not in get_args(Status):
+        raise ValueError(f"{outcome}, {status}")
+    if outcome == "reused":
+        if asked.in_force is None:
+            raise ValueError("no plan is in force")
+        return Answer(asked.in_force, plans[asked.in_force], outcome)
     shape = (len(problem.units), problem.layers)
-    offloaded = np.frombuffer(bytes.fromhex(values["offloaded"]), dtype="<i4").reshape(shape)
+    placement = np.frombuffer(bytes.fromhex(values["offloaded"]), dtype="<i4").reshape(shape)
+    placement = placement.astype(np.int64)
     paused = np.array(values["paused"], dtype=bool)
-    placement = offloaded.astype(np.int64)
     if faults := plan_faults(problem, placement, paused):
         raise ValueError(faults[0])
+    step, bound = float(values["step_time_s"]), float(values["lower_bound_s"])
+    if not 0 <= bound <= step * (1 + ROUNDING) < np.inf:
+        raise ValueError(f"a step of {step} s above a bound of {bound}")
+    memory = Memory.of(problem, ~paused)
+    loads = placement[~paused].sum(axis=0)
     plan = Plan(
         problem=problem,
         offloaded=placement,
         paused=paused,
-        fits=values["fits"] is True,
-        status=values["status"],
-        step_time_s=float(values["step_time_s"]),
-        lower_bound_s=float(values["lower_bound_s"]),
-        arena_pages_used=int(values["arena_pages_used"]),
-        ring_pages=int(values["ring_pages"]),
+        fits=True,
+        status=status,
+        step_time_s=step,
+        lower_bound_s=bound,
+        arena_pages_used=memory.total + memory.tails - int(loads.sum()),
+        ring_pages=memory.ring(loads) if problem.ring_pages is None else problem.ring_pages,
         never_fits=tuple(values["never_fits"]),
         solve_s=float(values["solve_s"]),
     )
-    return Answer(asked.number, plan, values["outcome"])
+    return Answer(asked.number, plan, outcome)
 
 
 def _written_answer(number: int, plan: Plan, outcome: Outcome) -> dict[str, Any]:
     return {
         "number": number,
         "outcome": outcome,
+        "status": plan.status,
         "offloaded": plan.offloaded.astype("<i4").tobytes().hex(),  # faster than a list
         "paused": plan.paused.tolist(),
-        "fits": plan.fits,
-        "status": plan.status,
         "step_time_s": plan.step_time_s,
         "lower_bound_s": plan.lower_bound_s,
-        "arena_pages_used": plan.arena_pages_used,
-        "ring_pages": plan.ring_pages,
         "never_fits": plan.never_fits,
         "solve_s": plan.solve_s,
     }
 
 
 def serve(requests: Iterable[bytes], answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until there are no more; one that cannot be answered gets its error."""
     planner = IncrementalPlanner()
     answered: OrderedDict[int, Plan] = OrderedDict()
     for line in requests:
         request = orjson.loads(line)
-        problem = parse_problem(request["problem"])
-        planner.plan = answered.get(request["in_force"])
-        plan, outcome = planner.update(problem)
-        answered[request["number"]] = plan
-        if len(answered) > REMEMBERED_PLANS:
-            answered.popitem(last=False)
-        answers.write(orjson.dumps(_written_answer(request["number"], plan, outcome)) + b"\n")
+        try:
+            answer = _answer(planner, answered, request)
+        except Exception as error:  # the next request may be a better one
+            answer = {"number": request["number"], "error": repr(error)}
+            print(f"orbitflow planner: {error!r}", file=sys.stderr, flush=True)
+        answers.write(orjson.dumps(answer) + b"\n")
         answers.flush()
+
+
+def _answer(
+    planner: IncrementalPlanner, answered: OrderedDict[int, Plan], request: dict[str, Any]
+) -> dict[str, Any]:
+    problem = parse_problem(request["problem"], clip=True)
+    planner.plan, planner.steps = answered.get(request["in_force"]), 0
+    plan, outcome = planner.update(problem, request["steps"])
+    if outcome != "reused":
+        _remember(answered, request["number"], plan)
+    return _written_answer(request["number"], plan, outcome)
 
 
 def main() -> None:

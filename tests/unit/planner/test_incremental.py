@@ -108,6 +108,30 @@ def test_every_plan_of_a_changing_batch_may_be_adopted(seed: int, changes: list[
             assert plan_faults(one, plan.offloaded, plan.paused) == []
 
 
+def test_times_that_drift_little_keep_the_plan_and_others_do_not() -> None:
+    planner = IncrementalPlanner()
+    one = growing(100, 80)
+    planner.update(one)
+    near = replace(one, layer_compute_s=one.layer_compute_s * 1.01)
+    assert planner.update(near)[1] == "reused"
+    far = replace(one, layer_compute_s=one.layer_compute_s * 1.2)
+    assert planner.update(far)[1] != "reused"
+
+
+def test_a_smaller_budget_than_the_plan_streams_asks_for_another() -> None:
+    planner = IncrementalPlanner()
+    one = replace(growing(100, 80, arena=1300), stream_budget_pages=10**6)
+    plan, _ = planner.update(one)
+    assert planner.update(replace(one, stream_budget_pages=plan.streamed_pages))[1] == "reused"
+    assert planner.update(replace(one, stream_budget_pages=1))[1] != "reused"
+
+
+def test_other_modes_are_planned_by_their_own_rule() -> None:
+    planner = IncrementalPlanner()
+    one = replace(growing(100, 80, arena=1300), mode="static:3")
+    assert [unit.pattern for unit in planner.update(one)[0].units] == ["distance:3"] * 2
+
+
 # --- adoption -------------------------------------------------------------------
 
 
@@ -140,6 +164,25 @@ def test_an_answer_that_cannot_fit_gives_way_to_the_last_plan_and_that_to_greedy
     assert source == "greedy"
     assert (plan.offloaded == greedy(one).offloaded).all()
     assert adopt(one, None, None)[1] == "greedy"
+
+
+def test_a_plan_above_the_budget_is_lowered_or_dropped() -> None:
+    units = tuple(Unit(name, 100, present=(1, 2, 3, 4, 5, 6)) for name in "ab")
+    one = PlanningProblem(8, 1300, 1e-3, 1e-7, units, stream_budget_pages=10**6)
+    last = solve(one)
+    assert last.streamed_pages == 1200
+    now = replace(one, stream_budget_pages=600)
+    plan, source = adopt(now, None, last)
+    assert source == "kept" and plan.fits and plan.streamed_pages <= 600
+
+
+def test_a_request_that_never_fits_does_not_cost_the_others_their_plan() -> None:
+    one = problem([30, 500], layers=4, arena=200, host_pages=300)
+    answer = solve(one)
+    now = replace(one, units=(*one.units, Unit("c", 1)))
+    plan, source = adopt(now, answer, None)
+    assert source == "planned" and plan.fits
+    assert plan.paused.tolist() == [False, True, False]
 
 
 @seeded(150)

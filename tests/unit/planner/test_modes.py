@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,29 +28,31 @@ def test_static_is_one_distance_whatever_the_arena() -> None:
 
 
 def test_flexgen_keeps_the_layers_that_requests_of_average_length_leave_room_for() -> None:
-    # b = max(10, 20) + max(30, 20) + 2 = 52; 32 layers: 1,200 // 52 = 23 stay, 9 leave:
-    # floor(32 / 9) - 1 = 2.
+    # With tails 11 and 31, 21 on average: b = 21 + 31 + 2 = 54; 32 layers: 1,200 // 54 = 22
+    # stay, 10 leave: floor(32 / 10) - 1 = 2.
     assert patterns("flexgen", [10, 30], layers=32, arena=1200) == ["distance:2"] * 2
     # With an average of 40 given: b = 82, 14 stay, 18 leave, floor(32 / 18) - 1 = 0: 1.
     assert (
         patterns("flexgen", [10, 30], layers=32, arena=1200, average_pages_per_layer=40.0)
         == ["distance:1"] * 2
     )
-    assert patterns("flexgen", [10, 30], layers=32, arena=52 * 32) == ["resident"] * 2
+    assert patterns("flexgen", [10, 30], layers=32, arena=54 * 32) == ["resident"] * 2
 
 
 def test_distn_single_looks_at_present_lengths_with_two_pages_to_spare() -> None:
-    # b = 10 + 30 + 2 x 3 = 46; 1,200 // 46 = 26 stay, 6 leave: floor(32 / 6) - 1 = 4.
+    # b = 11 + 31 + 2 x 2 = 46; 1,200 // 46 = 26 stay, 6 leave: floor(32 / 6) - 1 = 4.
     assert patterns("distn-single", [10, 30], layers=32, arena=1200) == ["distance:4"] * 2
     assert patterns("distn-single", [10, 30], layers=32, arena=46 * 32) == ["resident"] * 2
 
 
 def test_select_n_divides_layers_by_the_passes_of_transfers_that_fit_compute() -> None:
-    # Compute 32 ms; a pass moves 32 x 40 x t_b. t_b = 5 us: 6.4 ms, n = 5, d = 32 // 5 = 6.
+    # Compute 32 ms; a pass moves 32 x 42 pages. t_b = 5 us: 6.7 ms, n = 4, d = 32 // 4 = 8.
     more = {"layers": 32, "arena": 1, "t": 1e-3}
-    assert patterns("select-n", [20, 20], t_b=5e-6, **more) == ["distance:6"] * 2
+    assert patterns("select-n", [20, 20], t_b=5e-6, **more) == ["distance:8"] * 2
     assert patterns("select-n", [20, 20], t_b=1e-3, **more) == ["distance:1"] * 2
-    assert patterns("select-n", [20, 20], t_b=1e-9, **more) == ["resident"] * 2
+    assert patterns("select-n", [20, 20], t_b=1e-9, **more) == ["distance:1"] * 2
+    # n = 1: a distance of L, which is none.
+    assert patterns("select-n", [20, 20], t_b=2e-5, **more) == ["resident"] * 2
 
 
 def ages(*units: tuple[str, int, float]) -> PlanningProblem:
@@ -96,6 +100,28 @@ ALL = (
     "orbitflow", "paper", "paper-uniform", "next-layer", "flexgen", "select-n", "distn-single",
     "static:3", "all-host", "random:1", "resident", "queue", "retract",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [mode for mode in ALL if mode != "random:1"])
+@seeded(25)
+@given(problems())
+def test_the_order_of_units_does_not_matter(mode: str, one: PlanningProblem) -> None:
+    one = replace(one, mode=mode)
+    plan, other = make_plan(one), make_plan(replace(one, units=one.units[::-1]))
+    assert (plan.offloaded == other.offloaded[::-1]).all()
+    assert (plan.paused == other.paused[::-1]).all()
+
+
+def test_a_distance_beyond_every_layer_offloads_nothing() -> None:
+    assert patterns("static:99999999999999999999", [10]) == ["resident"]
+    far = replace(problem([10], arena=50), units=(Unit("a", 10, present="distance:9" + 30 * "9"),))
+    assert not far.present.any()
+
+
+def test_a_small_ring_costs_no_time_to_simulate() -> None:
+    """10,000 pages through a ring of 2 would be 160,000 pieces a step."""
+    plan = make_plan(problem([10_000], layers=32, arena=40, ring_pages=2))
+    assert plan.step_time_s == pytest.approx(plan.lower_bound_s, rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ALL)

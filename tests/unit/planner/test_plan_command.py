@@ -71,6 +71,14 @@ def test_a_picture_that_cannot_be_written_is_an_error(
     assert "--picture" in capsys.readouterr().err
 
 
+def test_a_picture_of_odd_names_is_well_formed(tmp_path: Path) -> None:
+    path, picture = tmp_path / "odd.json", tmp_path / "odd.svg"
+    units = [{"id": name, "pages_per_layer": 9} for name in ("a\x01", "<&>", 'q"', "x" * 99)]
+    path.write_bytes(orjson.dumps(GOOD | {"units": units}))
+    assert main(["plan", str(path), "--picture", str(picture)]) == 0
+    ElementTree.parse(picture)
+
+
 def test_standard_input_is_read_for_a_dash(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import problem, problems, random_problem, seeded
 
-from orbitflow_sglang.planner.evaluation import build_plan, never_fitting, plan_faults
+from orbitflow_sglang.planner.evaluation import (
+    Memory,
+    build_plan,
+    never_fitting,
+    plan_faults,
+)
 from orbitflow_sglang.planner.paper import solve_paper, solve_paper_uniform
 from orbitflow_sglang.planner.problem import GAP, Plan, PlanningProblem, Unit
 from orbitflow_sglang.planner.solver import greedy, objective, place, solve
@@ -53,6 +58,30 @@ def test_pauses_are_those_of_trying_every_set() -> None:
             if got[2] == expected[2]:
                 assert got[3] <= expected[3] * (1 + 2 * GAP)
     assert paused > 15
+
+
+def test_pauses_under_a_tight_host_and_with_prefixes_are_those_of_trying_every_set() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        one = random_problem(rng, int(rng.integers(2, 5)), 16, largest=120)
+        users = tuple(unit.id for unit in one.units[: int(rng.integers(1, 3))])
+        units = (*one.units, Unit("p", int(rng.integers(1, 120)), shared_by=users))
+        everything = 16 * sum(unit.pages_at_end for unit in units)
+        one = replace(one, units=units, host_pages=int(everything * rng.uniform(0.3, 0.8)))
+        expected, got = objective(best_by_trying(one)), objective(solve(one))
+        window = one.window_steps * len(one.units)
+        assert got[0] == expected[0]
+        if not got[0]:
+            assert got[1] <= expected[1] * (1 + GAP) + GAP * window, one
+
+
+def test_a_budget_or_host_of_the_least_that_fits_is_enough() -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(60):
+        one = random_problem(rng, 3, 16, tightness=(0.4, 0.9), with_slo=False, largest=300)
+        least = Memory.of(one, np.ones(3, dtype=bool)).least_streamed
+        assert solve(replace(one, stream_budget_pages=least)).fits
+        assert solve(replace(one, host_pages=least, stream_budget_pages=least)).fits
 
 
 def test_slo_and_deposit_change_which_plan_is_best() -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import orjson
 import pytest
 from problems import random_problem
 
-from orbitflow_sglang.planner.problem import PlanningProblem
+from orbitflow_sglang.planner.problem import PlanningProblem, Unit
 from orbitflow_sglang.planner.problem_file import problem_as_json
 from orbitflow_sglang.planner.solver import solve
 from orbitflow_sglang.planner.worker import COMMAND, Answer, PlannerWorker
@@ -78,6 +79,58 @@ def test_a_plan_in_force_is_known_by_its_number(
     assert answer(worker).outcome == "cached"
 
 
+def growing(pages: int) -> PlanningProblem:
+    units = tuple(Unit(f"r{n}", 100 + pages, growth_pages_per_layer=4 - pages) for n in range(6))
+    return PlanningProblem(16, 8000, 1e-3, 1e-7, units)
+
+
+def test_growth_within_the_window_keeps_the_plan_in_force(
+    start: Callable[..., PlannerWorker],
+) -> None:
+    worker = start()
+    worker.submit(growing(0))
+    first = answer(worker)
+    for steps in (8, 16):
+        worker.submit(growing(2), in_force=first.number, steps=steps)
+        again = answer(worker)
+        assert (again.outcome, again.number) == ("reused", first.number)
+        assert again.plan is first.plan
+    worker.submit(growing(2), in_force=first.number, steps=32)
+    assert answer(worker).outcome != "reused"
+    assert worker.counts["invalid"] == 0
+
+
+def test_a_range_beyond_a_unit_that_has_lost_pages_is_no_error(
+    start: Callable[..., PlannerWorker],
+) -> None:
+    worker = start()
+    worker.submit(PlanningProblem(8, 100, 1e-3, 1e-6, (Unit("a", 10, present="all@0-20"),)))
+    assert answer(worker).outcome == "solved"
+
+
+def test_a_problem_that_cannot_be_read_costs_no_process(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start()
+    worker.submit(replace(one, layers=-3))
+    wait_for(lambda: worker.poll() or worker.counts["invalid"])
+    worker.submit(one)
+    answer(worker)
+    assert worker.counts == {"invalid": 1, "solved": 1}
+
+
+def test_the_last_words_of_a_process_are_heard(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    script = (
+        "import sys; from orbitflow_sglang.planner.worker import serve\n"
+        "serve([sys.stdin.buffer.readline()], sys.stdout.buffer)"
+    )
+    worker = start(script)
+    worker.submit(one)
+    assert len(answer(worker).plan.units) == 6
+
+
 def test_a_problem_that_waits_is_replaced_by_the_next(
     start: Callable[..., PlannerWorker], one: PlanningProblem
 ) -> None:
@@ -121,8 +174,9 @@ def test_a_hung_worker_is_replaced(
     worker = start("import time; time.sleep(600)", answer_timeout_s=0.05)
     worker.submit(one)
     process = worker._process
+    assert process is not None
     wait_for(lambda: worker.poll() or worker.counts["failed"])
-    assert process is not None and process.returncode is not None
+    wait_for(lambda: worker.poll() or process.returncode is not None)
     assert not worker.busy
 
 
@@ -146,9 +200,16 @@ NONSENSE = {
         "p = q['problem']; u = len(p['units'])\n"
         "    z = '0' * (8 * u * p['layers'])\n"
         "    print(orjson.dumps({'number': q['number'], 'outcome': 'solved', 'offloaded': z,"
-        " 'paused': [False] * u, 'fits': True, 'status': 'optimal', 'step_time_s': 1,"
-        " 'lower_bound_s': 1, 'arena_pages_used': 0, 'ring_pages': 0, 'never_fits': [],"
-        " 'solve_s': 0}).decode(), flush=True)"
+        " 'paused': [False] * u, 'status': 'optimal', 'step_time_s': 1, 'lower_bound_s': 1,"
+        " 'never_fits': [], 'solve_s': 0}).decode(), flush=True)"
+    ),
+    "an outcome of its own": (
+        'print(\'{"number": %d, "outcome": ["x"], "status": "optimal"}\' % q[\'number\'],'
+        " flush=True)"
+    ),
+    "reused without a plan": (
+        'print(\'{"number": %d, "outcome": "reused", "status": "optimal"}\' % q[\'number\'],'
+        " flush=True)"
     ),
 }
 
