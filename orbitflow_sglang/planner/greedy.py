@@ -45,8 +45,9 @@ def fill(
         return offloaded
     order = _order(problem, active if movable is None else active & movable, offloaded)
     most = loads + (pages[order][:, None] - offloaded[order]).sum(axis=0)
-    exactly = problem.stream_budget_pages is not None or problem.host_pages is not None
-    target = _targets(memory, loads, most, 0.0 if exactly else 0.8 * GAP)
+    waiting = problem.layers * int(pages[~active].sum())
+    limits = (problem.stream_budget_pages, problem.host_pages and problem.host_pages - waiting)
+    target = _targets(memory, loads, most, [limit for limit in limits if limit is not None])
     if page_ranges:
         offloaded[order] = _exactly(pages[order], offloaded[order], target - loads)
         return offloaded
@@ -76,17 +77,20 @@ def lower(problem: PlanningProblem, active: BoolArray, start: IntArray) -> IntAr
     return lowered
 
 
-def _targets(memory: Memory, loads: IntArray, most: IntArray, tolerated: float) -> IntArray:
+def _targets(memory: Memory, loads: IntArray, most: IntArray, limits: list[int]) -> IntArray:
     """Loads, at least the present ``loads`` and at most ``most``, that fit: the least sum.
 
     The lowest are raised to one level. What rounding leaves over is taken off again where it
-    is more than that share; else one number of pages for all layers is easier to follow.
+    counts, or their sum is above one of ``limits``; else one number of pages for all layers
+    is easier to follow.
     """
     level = _level(memory, loads)
     target: IntArray = np.minimum(np.maximum(loads, level), most)
     spare = memory.room(target)
     raised = np.flatnonzero((target == level) & (target > loads))
-    if tolerated * int(target.sum()) < spare < len(raised):
+    total = int(target.sum())
+    tolerated = 0.8 * GAP * total if total <= min(limits, default=total) else 0.0
+    if tolerated < spare < len(raised):
         # Spread over the depth, so that the link need not hurry anywhere.
         target[raised[np.arange(spare) * len(raised) // spare]] -= 1
     return target

@@ -39,6 +39,7 @@ from orbitflow_sglang.planner.problem import (
 )
 
 NODE_LIMIT = 400  # of a solve: it, and not a clock, ends the search, so that plans repeat
+LATE_GAP = 1e-6  # of late tokens, which come before everything else
 SLACK = 1e-7  # relative: what an objective may give back for the ones behind it
 
 
@@ -65,10 +66,10 @@ def choose_paused(
     point: FloatArray | None = None
     proven = True
 
-    def solve(objective: FloatArray) -> float | None:
+    def solve(objective: FloatArray, gap: float = GAP / 2) -> float | None:
         nonlocal point, proven
         left = None if until is None else until - time.monotonic()
-        found = model.solve(objective, limits, left)
+        found = model.solve(objective, limits, gap, left)
         if found is None:
             proven = False
             return None
@@ -79,7 +80,7 @@ def choose_paused(
     objective = model.row(late=1.0)
     if late > 0:
         limits.append((objective, late * (1 + SLACK)))
-        value = solve(objective)
+        value = solve(objective, LATE_GAP)
         limits.clear()
         if value is not None and point is not None:
             late, without_slo = value, model.paused_without_slo(point)
@@ -197,6 +198,7 @@ class _Model:
         self,
         objective: FloatArray,
         limits: Sequence[tuple[FloatArray, float]],
+        gap: float,
         time_limit_s: float | None,
     ) -> tuple[FloatArray, bool] | None:
         """The best point found and whether that is proven; None: nothing was found."""
@@ -212,7 +214,7 @@ class _Model:
         integer = np.zeros(self.width)
         integer[:units] = integer[self._y] = 1
         highest[self._y] = 1
-        options: dict[str, float] = {"mip_rel_gap": GAP / 2, "node_limit": NODE_LIMIT}
+        options: dict[str, float] = {"mip_rel_gap": gap, "node_limit": NODE_LIMIT}
         if time_limit_s is not None:
             options["time_limit"] = time_limit_s
         result = milp(
