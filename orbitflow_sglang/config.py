@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from orbitflow_sglang.planner.policies import POLICY_HELP, make_policy
+from orbitflow_sglang.control.policies import POLICY_HELP, RULES, PolicySpec, find_policy
+from orbitflow_sglang.slo import SLO
 
 CONFIG_ENV = "ORBITFLOW_CONFIG"
 ATTENTION_BACKEND = "orbitflow_torch"
@@ -25,11 +26,19 @@ class OrbitFlowConfig:
     """What the operator asked for. None means: OrbitFlow chooses, and logs what it chose."""
 
     policy: str = "resident"
+    disable: tuple[str, ...] = ()  # rules switched off
     arena_tokens: int | None = None  # device KV per rank, in tokens resident in every layer
     arena_fraction: float | None = None  # the same as a share of what SGLang profiles
     host_memory_gb: float | None = None  # 10^9 bytes for the whole server
     ring_pages: int | None = None  # pages of one layer
     emulated_link_gb_per_s: float | None = None  # 10^9 bytes/s in each direction; CPU only
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
+    tbt_slo_ms: float | None = None
+    slo_scale: float | None = None  # SLOs as a multiple of what the unloaded server takes
+    token_deposit: bool = False  # paced delivery for all requests
+    max_paused: int | None = None  # rows for paused requests beside max_running_requests
+    profile: str | None = None  # file of a cost profile, instead of calibration
 
     def __post_init__(self) -> None:
         if self.arena_tokens is not None and self.arena_fraction is not None:
@@ -41,7 +50,10 @@ class OrbitFlowConfig:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{flag(field.name)} must be a number, got {value}")
-        positive = ("arena_tokens", "arena_fraction", "emulated_link_gb_per_s")
+        positive = (
+            "arena_tokens", "arena_fraction", "emulated_link_gb_per_s",
+            "ttft_slo_ms", "tpot_slo_ms", "tbt_slo_ms", "slo_scale",
+        )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -58,10 +70,37 @@ class OrbitFlowConfig:
                 f"{flag('ring_pages')} must be at least 2: one page is read "
                 f"while the next one arrives; got {self.ring_pages}"
             )
+        if self.max_paused is not None and self.max_paused < 0:
+            raise ConfigError(f"{flag('max_paused')} must not be negative, got {self.max_paused}")
+        if self.slo_scale is not None and any(self.slo_targets_ms):
+            raise ConfigError(
+                f"{flag('slo_scale')} derives all targets: leave it out, or the "
+                "--orbitflow-*-slo-ms flags"
+            )
         try:
-            make_policy(self.policy)
+            find_policy(self.policy)
         except ValueError as error:
             raise ConfigError(f"{flag('policy')}: {error}") from None
+        try:
+            find_policy(self.policy, self.disable)
+        except ValueError as error:
+            raise ConfigError(f"{flag('disable')}: {error}") from None
+
+    @property
+    def slo_targets_ms(self) -> tuple[float | None, float | None, float | None]:
+        """TTFT, TPOT and TBT as the flags give them."""
+        return self.ttft_slo_ms, self.tpot_slo_ms, self.tbt_slo_ms
+
+    @property
+    def given_slo(self) -> SLO:
+        """The targets that the flags give, without what ``slo_scale`` would derive."""
+        ttft, tpot, tbt = (ms if ms is None else ms / 1e3 for ms in self.slo_targets_ms)
+        return SLO(ttft, tpot, tbt, self.token_deposit)
+
+    @property
+    def policy_spec(self) -> PolicySpec:
+        """The policy in force, without the disabled rules."""
+        return find_policy(self.policy, self.disable)
 
     def export(self) -> None:
         """Hand the configuration to this process and to those it will start.
@@ -83,7 +122,7 @@ class OrbitFlowConfig:
             values = None
         if not isinstance(values, dict) or not values.keys() <= known:
             raise ConfigError(f"{CONFIG_ENV} is not a configuration of this version: {text}")
-        return OrbitFlowConfig(**values)
+        return OrbitFlowConfig(**values | {"disable": tuple(values.get("disable", ()))})
 
 
 def flag(field: str) -> str:
@@ -120,6 +159,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag("emulated_link_gb_per_s"), type=float, metavar="X",
         help="CPU only: hold page transfers to this rate, 10^9 bytes/s in each direction.",
     )  # fmt: skip
+    group.add_argument(
+        flag("disable"), type=_names, metavar="RULE,...",
+        help=f"Rules switched off, of {', '.join(RULES)}.",
+    )  # fmt: skip
+    for name, what in (
+        ("ttft_slo_ms", "time to first token"),
+        ("tpot_slo_ms", "mean time per output token"),
+        ("tbt_slo_ms", "time between two tokens"),
+    ):
+        group.add_argument(
+            flag(name), type=float, metavar="X",
+            help=f"Target for the {what} of requests that give none of their own.",
+        )  # fmt: skip
+    group.add_argument(
+        flag("slo_scale"), type=float, metavar="X",
+        help="Targets as a multiple of the step with everything resident (TTFT: of the unloaded "
+        "prefill, at least 1 s). Default: 2 when no target is given.",
+    )  # fmt: skip
+    group.add_argument(
+        flag("token_deposit"), action="store_const", const=True,
+        help="Deliver tokens at the SLO's pace while a request is ahead of it.",
+    )  # fmt: skip
+    group.add_argument(
+        flag("max_paused"), type=int, metavar="N",
+        help="Requests that may be paused, beside those that --max-running-requests lets decode "
+        "together. Default: as many again.",
+    )  # fmt: skip
+    group.add_argument(
+        flag("profile"), metavar="FILE",
+        help="Cost profile of this model on this device. Default: measured at start, and cached.",
+    )  # fmt: skip
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def from_arguments(namespace: argparse.Namespace) -> OrbitFlowConfig | None:

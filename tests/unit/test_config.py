@@ -22,6 +22,14 @@ FLAGS = {
     "--orbitflow-host-memory-gb": "1.5",
     "--orbitflow-ring-pages": "16",
     "--orbitflow-emulated-link-gb-per-s": "12.5",
+    "--orbitflow-disable": "pause,ordering",
+    "--orbitflow-ttft-slo-ms": "800",
+    "--orbitflow-tpot-slo-ms": "50",
+    "--orbitflow-tbt-slo-ms": "200.5",
+    "--orbitflow-slo-scale": "2.5",
+    "--orbitflow-token-deposit": "",
+    "--orbitflow-max-paused": "4",
+    "--orbitflow-profile": "profile.json",
 }
 WRONG_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("--orbitflow-arena-tokens", "above 0", {"arena_tokens": 0}),
@@ -37,6 +45,15 @@ WRONG_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("--orbitflow-emulated-link-gb-per-s", "a number", {"emulated_link_gb_per_s": float("nan")}),
     ("--orbitflow-policy", "all-host or random:SEED", {"policy": "nonsense"}),
     ("--orbitflow-policy", "at least 1", {"policy": "static:0"}),
+    ("--orbitflow-policy", "unknown rule 'x'", {"policy": "orbitflow:no-x"}),
+    ("--orbitflow-disable", "unknown rule 'nap'", {"policy": "swap", "disable": ("nap",)}),
+    ("--orbitflow-disable", "no rules", {"policy": "static:1", "disable": ("pause",)}),
+    ("--orbitflow-tpot-slo-ms", "above 0", {"tpot_slo_ms": 0.0}),
+    ("--orbitflow-tbt-slo-ms", "above 0", {"tbt_slo_ms": -1.0}),
+    ("--orbitflow-ttft-slo-ms", "a number", {"ttft_slo_ms": float("nan")}),
+    ("--orbitflow-slo-scale", "above 0", {"slo_scale": 0.0}),
+    ("--orbitflow-slo-scale", "derives all", {"slo_scale": 2.0, "tpot_slo_ms": 50.0}),
+    ("--orbitflow-max-paused", "negative", {"max_paused": -1}),
 ]
 
 
@@ -89,8 +106,20 @@ def test_every_flag_sets_a_field_and_every_field_has_a_flag(
         "host_memory_gb": 1.5,
         "ring_pages": 16,
         "emulated_link_gb_per_s": 12.5,
+        "ttft_slo_ms": 800,
+        "tpot_slo_ms": 50,
+        "tbt_slo_ms": 200.5,
+        "slo_scale": 2.5,
+        "token_deposit": True,
+        "max_paused": 4,
+        "profile": "profile.json",
     }
-    assert {config.flag(field) for field in wanted} == FLAGS.keys()
+    rules = parsed(
+        parser, "--orbitflow-disable pause,ordering --enable-orbitflow --orbitflow-policy swap"
+    )
+    assert rules == OrbitFlowConfig(policy="swap", disable=("pause", "ordering"))
+    wanted_flags = {config.flag(field) for field in [*wanted, "disable"]}
+    assert wanted_flags == FLAGS.keys()
     for field, value in wanted.items():
         name = config.flag(field)
         found = parsed(parser, f"--enable-orbitflow {name} {FLAGS[name]}")
