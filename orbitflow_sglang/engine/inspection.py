@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from orbitflow_sglang.engine.runtime import LiveRequest, Runtime
+from orbitflow_sglang.engine.placement import LiveRequest
+from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.engine.scheduler import live_requests, runtime_of
 
 MAX_REQUESTS = 64  # the largest ones are listed
@@ -28,7 +29,7 @@ def describe(runtime: Runtime, live: list[LiveRequest]) -> dict[str, Any]:
     capacity, engine = store.capacity, store.engine
     listed = sorted(live, key=lambda request: -request.tokens)[:MAX_REQUESTS]
     return {
-        "policy": runtime.policy.name,
+        "policy": runtime.placer.name,
         "page_size": store.layout.page_size,
         "page_bytes": store.layout.page_bytes,
         "layers": store.layout.layers,
@@ -49,7 +50,7 @@ def describe(runtime: Runtime, live: list[LiveRequest]) -> dict[str, Any]:
         "stall_s": store.ring.stall_s,
         "steps": counters.steps,
         "tiered_steps": counters.tiered_steps,
-        "placements": counters.placements,
+        "placements": runtime.placer.placements,
         "idle_checks": counters.idle_checks,
         "failed_idle_checks": counters.failed_idle_checks,
         "decode_batch_sizes": {str(k): n for k, n in sorted(runtime.decode_batch_sizes.items())},
@@ -132,6 +133,6 @@ def _values(runtime: Runtime) -> dict[str, float]:
         "d2h_bytes_total": store.engine.d2h.bytes,
         "stall_seconds_total": store.ring.stall_s,
         "tiered_steps_total": counters.tiered_steps,
-        "placements_total": counters.placements,
+        "placements_total": runtime.placer.placements,
         "failed_idle_checks_total": counters.failed_idle_checks,
     }

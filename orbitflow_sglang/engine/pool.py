@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from orbitflow_sglang.config import OrbitFlowConfig
+from orbitflow_sglang.engine.placement import Placer, PlanPlacer, PolicyPlacer
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.planner.policies import make_policy
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
@@ -50,7 +51,12 @@ class OrbitFlowKVPool(MHATokenToKVPool):
         store = ResidencyStore(
             layout, self.capacity, self.device, None if link is None else link * 1e9
         )
-        self.runtime = Runtime(store, make_policy(self.config.policy))
+        spec = self.config.policy_spec
+        if spec.placing is None:
+            placer: Placer = PlanPlacer(store, spec.name)
+        else:
+            placer = PolicyPlacer(store, make_policy(spec.placing))
+        self.runtime = Runtime(store, placer)
         # No layer has a buffer of its own; whatever wants one must fail, not read the arena.
         self.k_buffer: list[torch.Tensor] = []
         self.v_buffer: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Joins policy and residency store: from a batch of the engine to one step of the store.
+"""Joins placement and residency store: from a batch of the engine to one step of the store.
 
 A step begins when the attention backend prepares its metadata and ends when the
 forward pass returns. While nothing is placed on the host, a step costs one look-up
@@ -15,18 +15,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from orbitflow_sglang.planner.policies import Policy, fit
-from orbitflow_sglang.planner.units import group_pages
+from orbitflow_sglang.engine.placement import LiveRequest, Placer, PolicyPlacer, joined
+from orbitflow_sglang.planner.policies import Policy
 from orbitflow_sglang.residency.store import NO_PAGES, LayerPass, ResidencyStore, Step
-
-
-@dataclass(frozen=True)
-class LiveRequest:
-    """A request that holds KV, running or between two chunks of its prompt."""
-
-    rid: str
-    row: int  # of req_to_token
-    tokens: int  # with a slot, the ones this step writes included
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,6 @@ class Counters:
 
     steps: int = 0
     tiered_steps: int = 0  # steps with tables: some page was on the host or had to move
-    placements: int = 0
     idle_checks: int = 0
     failed_idle_checks: int = 0
 
@@ -71,9 +61,9 @@ class Runtime:
 
     current: ClassVar[Runtime | None] = None  # of this process, for those SGLang tells nothing
 
-    def __init__(self, store: ResidencyStore, policy: Policy) -> None:
+    def __init__(self, store: ResidencyStore, placer: Placer) -> None:
         self.store = store
-        self.policy = policy
+        self.placer = placer
         self.counters = Counters()
         self.decode_batch_sizes: Counter[int] = Counter()
         self.req_to_token = np.zeros((0, 0), dtype=np.int32)
@@ -81,15 +71,12 @@ class Runtime:
         self.cached_pages: Callable[[], np.ndarray] = lambda: NO_PAGES  # of the radix tree
         self.before_step: Callable[[Runtime], None] | None = None  # test control only
         self._uniform: _Uniform | None = None
-        self._masks: dict[str, np.ndarray] = {}  # placement of each live request's new pages
-        self._placed_at_step = 0
         self._checked_at: tuple[int, int] | None = None
         Runtime.current = self
 
     def set_policy(self, policy: Policy) -> None:
         """Place by another policy from the next step on."""
-        self.policy = policy
-        self._masks = {}
+        self.placer = PolicyPlacer(self.store, policy)
 
     # --- one step -------------------------------------------------------------
 
@@ -105,7 +92,7 @@ class Runtime:
         pages = [
             self._pages(row, length) for row, length in zip(step.rows, step.seq_lens, strict=True)
         ]
-        self._uniform = None if self.policy.spills else self._begin_uniform(step, pages)
+        self._uniform = None if self.placer.spills else self._begin_uniform(step, pages)
         if self._uniform is None:
             self.counters.tiered_steps += 1
             self._begin_tiered(step, pages, self.live())
@@ -192,7 +179,10 @@ class Runtime:
         in_pass = set(step.rows)
         held = [self.pages_of(request) for request in live]
         idle = [p for p, r in zip(held, live, strict=True) if r.row not in in_pass]
-        partial = [p[-1:] for p, r in zip(held, live, strict=True) if r.tokens % size]
+        # The tail of a paused request is written again only once it is back.
+        partial = [
+            p[-1:] for p, r in zip(held, live, strict=True) if r.tokens % size and not r.paused
+        ]
         new_tails, new_full, rows, written = [], [], [], []
         first_row = 0
         requests = zip(pages, first_new, step.before, step.seq_lens, strict=True)
@@ -205,67 +195,20 @@ class Runtime:
             written.append(p[before // size : before // size + 1] if before % size else p[:0])
             written.append(new_tails[-1])
             first_row += length - before
-        tails = _joined(new_tails)
+        tails = joined(new_tails)
         store_step = Step(
             reads=[p[:n].astype(np.int64) for p, n in zip(pages, read, strict=True)],
             read_tokens=tokens,
             slots=step.slots,
             new_tails=tails[tails > 0],
-            new_full=_joined(new_full),
-            new_full_rows=_joined(rows),
-            open_pages=np.unique(_joined([*partial, *written])),
-            idle_pages=_joined(idle),
+            new_full=joined(new_full),
+            new_full_rows=joined(rows),
+            open_pages=np.unique(joined([*partial, *written])),
+            idle_pages=joined(idle),
         )
-        self._place(live, held, store_step)
+        self.placer.place(live, held, store_step)
         self.store.begin(store_step)
-
-    # --- placement ------------------------------------------------------------
-
-    def _place(self, live: list[LiveRequest], held: list[np.ndarray], step: Step) -> None:
-        """Say where the pages of live requests should live, if it must be said anew."""
-        table, layers = self.store.table, self.store.layout.layers
-        reserve = layers * max(1, len(live))
-        self.store.reserve_pages = min(reserve, self.store.capacity.main_pages // 4)
-        room = self.store.capacity.main_pages - layers * len(step.open_pages)
-        rids = [request.rid for request in live]
-        if self._masks.keys() == set(rids) and not self._period_over():
-            for rid, pages in zip(rids, held, strict=True):
-                new = pages[~table.in_use[pages]]
-                if len(new):
-                    self.store.place(new, self._masks[rid])
-            if self._resident(held, step.open_pages) <= room:
-                return
-        units = group_pages(held, len(table.in_use))
-        placement = fit(
-            self.policy.place(units.count, layers),
-            units.sizes,
-            max(0, room - self.store.reserve_pages),
-            self._host_room(held),
-        )
-        for pages, mask in zip(units.pages, placement, strict=True):
-            self.store.place(pages, mask)
-        # The first units are the private ones, in the order of the requests.
-        self._masks = dict(zip(rids, placement, strict=False))
-        self._placed_at_step = self.counters.steps
-        self.counters.placements += 1
-
-    def _period_over(self) -> bool:
-        period = self.policy.period
-        return period is not None and self.counters.steps - self._placed_at_step >= period
-
-    def _resident(self, held: list[np.ndarray], open_pages: np.ndarray) -> int:
-        """Arena pages that the placement in force gives to closed pages of live requests."""
-        wanted = np.zeros_like(self.store.table.in_use)
-        wanted[_joined(held)] = True
-        wanted[open_pages] = False
-        return int((~self.store.table.want_host[:, wanted]).sum())
-
-    def _host_room(self, held: list[np.ndarray]) -> int:
-        """Host pages for live requests when everything cached has had to leave the arena."""
-        table = self.store.table
-        cached = table.in_use.copy()
-        cached[_joined(held)] = False
-        return max(0, self.store.host.num_pages - self.store.layout.layers * int(cached[1:].sum()))
+        self.placer.begun(live, held)
 
 
 def spans(step: StepInput, size: int) -> tuple[list[int], list[int], list[int]]:
@@ -274,7 +217,3 @@ def spans(step: StepInput, size: int) -> tuple[list[int], list[int], list[int]]:
     # A decode step reads its new token back, an extend step has its own at hand.
     tokens = list(step.seq_lens if step.prefix_lens is None else step.before)
     return first_new, [-(-count // size) for count in tokens], tokens
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([NO_PAGES, *parts]).astype(np.int64)

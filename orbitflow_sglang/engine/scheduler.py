@@ -12,8 +12,9 @@ from sglang.srt.managers.scheduler import Scheduler
 from orbitflow_sglang.engine import compat, hooks
 from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
 from orbitflow_sglang.engine.launcher import HANDSHAKE
+from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
-from orbitflow_sglang.engine.runtime import LiveRequest, Runtime
+from orbitflow_sglang.engine.runtime import Runtime
 
 
 def runtime_of(scheduler: Scheduler) -> Runtime:

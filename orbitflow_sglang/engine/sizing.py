@@ -10,7 +10,6 @@ from typing import TypeVar
 import psutil
 
 from orbitflow_sglang.config import ConfigError, OrbitFlowConfig, flag
-from orbitflow_sglang.planner.policies import make_policy
 from orbitflow_sglang.residency.layout import Capacity
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: i
     """
     layers, size = budget.layers, budget.page_size
     page_bytes = budget.token_bytes * size // layers
-    spills = make_policy(config.policy).spills
+    spills = config.policy_spec.spills
     arena = _arena_tokens(config, budget) // size * layers
     ring = _ring_pages(config, arena) if spills else 0
     if spills and config.ring_pages is None:
@@ -54,7 +53,7 @@ def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: i
 
 def check_sizes(config: OrbitFlowConfig, layers: int, page_size: int, free_host_bytes: int) -> None:
     """Raise what ``resolve_capacity`` would, as far as that is known before a model is loaded."""
-    spills = make_policy(config.policy).spills
+    spills = config.policy_spec.spills
     if config.arena_tokens is not None:
         arena = config.arena_tokens // page_size * layers
         _main_pages(arena, _ring_pages(config, arena) if spills else 0, layers)

@@ -24,15 +24,21 @@ COPIES: dict[PageState, tuple[bool | None, bool]] = {
 
 
 def violations(
-    table: PageTable, arena: Arena, host: HostStore, ring: StagingRing, leaving: np.ndarray
+    table: PageTable,
+    arena: Arena,
+    host: HostStore,
+    ring: StagingRing,
+    leaving: np.ndarray,
+    arriving: np.ndarray,
 ) -> list[str]:
     """What is wrong, in words; empty when every invariant holds.
 
-    ``leaving``, bool ``[layers, logical_pages]``, is where a copy to the host is under way.
+    ``leaving``, bool ``[layers, logical_pages]``, is where a copy to the host is under way;
+    ``arriving``, int ``[layers, logical_pages]``, the arena page that one is fetched to, or -1.
     """
     return [
         *_states(table, arena),
-        *_under_way(table, ring, leaving),
+        *_under_way(table, leaving, arriving),
         *_arena(table, arena, ring),
         *_host(table, host),
         *_extents(table, arena),
@@ -55,14 +61,13 @@ def _states(table: PageTable, arena: Arena) -> Iterator[str]:
         yield "a ring page outlives its pass"
 
 
-def _under_way(table: PageTable, ring: StagingRing, leaving: np.ndarray) -> Iterator[str]:
+def _under_way(table: PageTable, leaving: np.ndarray, target: np.ndarray) -> Iterator[str]:
     if ((table.state == PageState.TO_HOST) & ~leaving).any():
         yield "TO_HOST pages with no copy under way"
     if (leaving & (table.state != PageState.TO_HOST)).any():
         yield "a copy to the host is under way for pages that are not TO_HOST"
-    target = ring.fetched_ahead()
     if ((table.state == PageState.TO_DEVICE) != (target >= 0)).any():
-        yield "the ring fetches other pages than those that are TO_DEVICE"
+        yield "other pages are fetched than those that are TO_DEVICE"
     if (table.device_page != target)[target >= 0].any():
         yield "a page is being fetched to where the table does not say"
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from orbitflow_sglang.residency import ResidencyError
+from orbitflow_sglang.residency.ahead import Arrivals, UnderWay
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
 from orbitflow_sglang.residency.host_store import HostStore
@@ -31,21 +31,6 @@ __all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
 # Layers whose new KV may be on its way to the host at once. It bounds the memory
 # that a prefill on a slow link holds; more would not make the link faster.
 WRITE_THROUGH_LAYERS = 2
-
-
-@dataclass
-class _WriteBack:
-    """Host copies under way: of pages (layer, page) as they were owned at the time."""
-
-    transfer: Transfer
-    layers: np.ndarray
-    pages: np.ndarray
-    generation: np.ndarray
-
-    def present(self, table: PageTable) -> tuple[np.ndarray, np.ndarray]:
-        """Those (layers, pages) that still belong to whom they did."""
-        ours = table.generation[self.pages] == self.generation
-        return self.layers[ours], self.pages[ours]
 
 
 class ResidencyStore:
@@ -71,14 +56,18 @@ class ResidencyStore:
         self.ring = StagingRing(
             self.table, self.arena, self.engine, self._grant_home, self._await_host
         )
+        self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
         # Arena pages kept free for the tails of the next steps: nothing is fetched into them.
         self.reserve_pages = 0
+        # Most pages whose copy to the host a step starts for the sake of their placement.
+        self.move_pages: int | None = None
         self.step: Step | None = None
-        self._write_backs: deque[_WriteBack] = deque()
+        self._write_backs: deque[UnderWay] = deque()
         self._clock = 0
         # As the present step began: closed pages of live requests, and of no live request.
         self._live = np.zeros_like(self.table.in_use)
         self._cached = np.zeros_like(self.table.in_use)
+        self._read = np.zeros_like(self.table.in_use)  # by the present step
         self._written = 0  # layers that the present step has written
 
     # --- ownership ------------------------------------------------------------
@@ -99,6 +88,7 @@ class ResidencyStore:
         table = self.table
         if not table.in_use[pages].all():
             raise ResidencyError(f"freeing pages nobody owns: {pages[~table.in_use[pages]]}")
+        self.arrivals.complete()
         self.ring.forget(pages)
         starts = table.extent[pages]
         self.arena.give_extents(starts[starts >= 0])
@@ -107,6 +97,20 @@ class ResidencyStore:
         host = table.host_page[:, pages]
         self.host.give(host[host >= 0])
         table.release(pages)
+
+    def fetch_ahead(self, pages: np.ndarray, limit: int) -> int:
+        """Start bringing up to ``limit`` of the copies that ``pages`` lack to the arena; how
+        many. Behind ``begin``, for requests that wait; what the step reads comes by itself."""
+        return self.arrivals.fetch(pages[~self._read[pages]], limit)
+
+    def mirror(self, pages: np.ndarray, limit: int) -> int:
+        """Start copying up to ``limit`` of closed ``pages``, which stay in the arena, to the
+        host; how many. Placing them there later costs nothing."""
+        table = self.table
+        single = (table.state[:, pages] == PageState.DEVICE) & ~table.want_host[:, pages]
+        columns, layers = np.nonzero(single.T)
+        room = min(limit, self.host.num_free)
+        return self._write_back(layers[:room], pages[columns[:room]])
 
     def clear(self) -> None:
         """Give up every page."""
@@ -147,8 +151,9 @@ class ResidencyStore:
         table = self.table
         self._clock += 1
         self._written = 0
+        self.arrivals.complete()
         self._retire()
-        read = np.zeros_like(table.in_use)
+        self._read = read = np.zeros_like(table.in_use)
         read[np.concatenate([NO_PAGES, *step.reads])] = True
         batch = read.copy()
         batch[step.open_pages] = True
@@ -232,6 +237,7 @@ class ResidencyStore:
 
     def quiesce(self) -> None:
         """Finish what is under way and drop what was fetched ahead; between two steps."""
+        self.arrivals.complete()
         self.ring.clear()
         self.engine.drain()
         self._retire()
@@ -241,7 +247,8 @@ class ResidencyStore:
         leaving = np.zeros_like(self.table.want_host)
         for under_way in self._write_backs:
             leaving[under_way.present(self.table)] = True
-        return violations(self.table, self.arena, self.host, self.ring, leaving)
+        arriving = np.maximum(self.ring.fetched_ahead(), self.arrivals.targets())
+        return violations(self.table, self.arena, self.host, self.ring, leaving, arriving)
 
     def close(self) -> None:
         """Stop the copies, completing those under way. Nothing may be asked for afterwards."""
@@ -338,7 +345,9 @@ class ResidencyStore:
         state = table.state[:, pages]
         layers, columns = np.nonzero(wanted & (state == PageState.BOTH))
         self._drop_device_copies(layers, pages[columns])
-        layers, columns = np.nonzero(wanted & (state == PageState.DEVICE))
+        columns, layers = np.nonzero((wanted & (state == PageState.DEVICE)).T)
+        if self.move_pages is not None:
+            layers, columns = layers[: self.move_pages], columns[: self.move_pages]
         self._write_back(layers, pages[columns])
 
     def _reopen(self, pages: np.ndarray) -> None:
@@ -447,7 +456,7 @@ class ResidencyStore:
 
     def _track(self, transfer: Transfer, layers: np.ndarray, pages: np.ndarray) -> None:
         generation = self.table.generation[pages]
-        self._write_backs.append(_WriteBack(transfer, layers, pages, generation))
+        self._write_backs.append(UnderWay(transfer, layers, pages, generation))
 
     def _retire(self) -> None:
         """Take note of the host copies that have been completed."""

@@ -132,7 +132,7 @@ def extent_with_host_copy(store: ResidencyStore) -> None:
         (ring_page_kept, "a ring page outlives its pass"),
         (copy_forgotten, "TO_HOST pages with no copy under way"),
         (copy_of_another, "a copy to the host is under way for pages that are not TO_HOST"),
-        (fetch_forgotten, "the ring fetches other pages than those that are TO_DEVICE"),
+        (fetch_forgotten, "other pages are fetched than those that are TO_DEVICE"),
         (fetched_elsewhere, "a page is being fetched to where the table does not say"),
         (arena_page_lost, "1 arena pages have no owner"),
         (arena_page_twice, "1 arena pages have two owners"),

@@ -248,6 +248,8 @@ class StoreMachine(RuleBasedStateMachine):
             self._let_go(self.live.pop().pages)
             return
         self.holders[new] += 1
+        if ids is None:
+            self._run_ahead(step, rng)
         for layer in range(last):
             self._layer(layer, step, chunks, ids is not None, link)
         if last < self.layers and last_is_begun:
@@ -264,6 +266,16 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 self._let_go(chunk.pages[len(chunk.request.pages) :])
 
+    def _run_ahead(self, step: Step, rng: random.Random) -> None:
+        """Copies for later steps, as the engine asks for them behind ``begin``."""
+        if rng.random() < 0.4 and len(step.idle_pages):
+            self.store.fetch_ahead(np.unique(step.idle_pages), rng.choice([1, 3, 100]))
+        if rng.random() < 0.3:
+            closed = np.concatenate([step.idle_pages, *step.reads])
+            closed = np.setdiff1d(closed, np.concatenate([step.open_pages, step.new_tails]))
+            closed = np.setdiff1d(closed, step.slots // self.size)
+            self.store.mirror(closed, rng.choice([1, 3, 100]))
+
     def _begin(self, step: Step, feasible: bool) -> bool:
         try:
             self.store.begin(step)
@@ -279,7 +291,11 @@ class StoreMachine(RuleBasedStateMachine):
         tails: list[int] = []
         full: list[int] = []
         full_rows: list[int] = []
-        open_pages = [r.pages[r.tokens // size] for r in self.live if r.tokens % size]
+        # The partly filled page of a request that is set aside may leave the arena too.
+        aside = [r for r in self.live if not any(r is c.request for c in chunks)]
+        aside = [r for r in aside if rng.random() < 0.4]
+        partial = [r for r in self.live if r.tokens % size and not any(r is a for a in aside)]
+        open_pages = [r.pages[r.tokens // size] for r in partial]
         for c in chunks:
             reads.append(c.pages[: -(-(c.after if c.decode else c.before) // size)])
             slots += [c.pages[t // size] * size + t % size for t in range(c.before, c.after)]

@@ -1,0 +1,489 @@
+"""What happened -> what the next step does. One object for the server and the simulator.
+
+Each step it sorts the requests, says how much may be streamed, sets requests aside or brings
+them back, orders and admits those that wait, sizes the next prefill chunk, and has the
+planner place what decodes. While everything fits and nobody waits it says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from orbitflow_sglang.control import rules
+from orbitflow_sglang.control.planning import WINDOW_STEPS, Planning, Worker, placement_of
+from orbitflow_sglang.control.policies import PolicySpec
+from orbitflow_sglang.control.rules import Candidacy, Candidate
+from orbitflow_sglang.control.view import (
+    NOTHING,
+    Machine,
+    Observation,
+    RequestView,
+    StepDecision,
+    UnitView,
+)
+from orbitflow_sglang.planner.problem import IntArray
+from orbitflow_sglang.slo import STRICT_GAP_S
+
+MIN_RUN_STEPS = 4  # that a request decodes between two pauses
+AVERAGE_SHARE = 0.1  # of a finished request in the averages
+REMEMBERED_REASONS = 64
+
+
+class Costs(Protocol):
+    """What things take, as far as it is known now: ``feedback.Feedback``."""
+
+    def compute_s(self, batch: int, context_tokens: int) -> float:
+        """A decode step with everything resident, seconds."""
+
+    def prefill_s(self, tokens: int, context_tokens: int) -> float:
+        """Prefill of so many tokens behind so many others, seconds."""
+
+    @property
+    def page_transfer_s(self) -> float:
+        """H2D of one page of one layer, seconds."""
+
+
+@dataclass
+class _Scene:
+    """One step's requests by what they do, and what memory is worth."""
+
+    now: float
+    decoding: list[RequestView] = field(default_factory=list)
+    prefilling: list[RequestView] = field(default_factory=list)
+    paused: list[RequestView] = field(default_factory=list)
+    waiting: list[RequestView] = field(default_factory=list)
+    step_s: float = 0.0
+    hidden_pages: float = 0.0
+    budget_pages: int = 0
+    room: float = 0.0  # pages that may be in use together, tails included
+    used: int = 0  # by those decoding, prefilling or coming back
+    mu: float = math.inf
+    shared: Sequence[UnitView] | None = None  # None: not looked at
+    reasons: list[str] = field(default_factory=list)
+
+
+class Controller:
+    """Decides step by step; ``decide`` is called before each, ``stepped`` behind it."""
+
+    def __init__(
+        self, spec: PolicySpec, machine: Machine, costs: Costs, worker: Worker | None
+    ) -> None:
+        self.spec = spec
+        self.machine = machine
+        self.costs = costs
+        self.planning = Planning(machine, spec.mode, worker)
+        self.reasons: deque[str] = deque(maxlen=REMEMBERED_REASONS)
+        self.counts: Counter[str] = Counter()
+        self.budget_pages = 0  # S_max as last computed
+        self.streamed_pages = 0  # of the plan in force
+        self._returning: dict[str, None] = {}
+        self._resumed_at: dict[str, int] = {}  # tokens generated when last resumed
+        self._grants = 0
+        self._since_chunk = rules.MAX_STEPS_BETWEEN_CHUNKS
+        self._replan = False
+        self._plan_steps = 0
+        self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
+        self._average_prompt, self._average_output = 0.0, 0.0
+
+    # --- what happened --------------------------------------------------------
+
+    def stepped(self, prefill: bool) -> None:
+        """A step was run: with prompt tokens, or only decoding."""
+        self._since_chunk = 0 if prefill else self._since_chunk + 1
+        self._plan_steps += 1
+
+    def drifted(self) -> None:
+        """Measured steps disagree with predicted ones: plan again."""
+        self._replan = True
+
+    def finished(self, view: RequestView) -> None:
+        """A request has ended."""
+        first = not self._average_prompt
+        share = 1.0 if first else AVERAGE_SHARE
+        self._average_prompt += share * (view.prompt_tokens - self._average_prompt)
+        self._average_output += share * (view.generated - self._average_output)
+        self._returning.pop(view.rid, None)
+        self._resumed_at.pop(view.rid, None)
+
+    # --- the decision ---------------------------------------------------------
+
+    def decide(self, obs: Observation) -> StepDecision:
+        """What the engine does before and in its next step."""
+        scene = self._sort(obs)
+        crowded = bool(scene.waiting or scene.prefilling or scene.paused)
+        if not crowded and self._placed is None and self._naive(scene.decoding) <= self._simple():
+            return NOTHING
+        self._weigh(scene, obs)
+        pause = self._overflow(scene)
+        pause += self._grant(scene, pause)
+        resume, fetch = self._returns(scene)
+        chunk_tokens, prefill = self._chunk(scene)
+        placement, paper_pauses = self._place(scene, obs, pause)
+        mirror = self._mirror(scene, pause)
+        order, admit = self._admission(scene)
+        self.reasons.extend(scene.reasons)
+        return StepDecision(
+            pause=(*pause, *paper_pauses),
+            resume=resume,
+            order=order,
+            admit=admit,
+            prefill=prefill,
+            chunk_tokens=chunk_tokens,
+            placement=placement,
+            move_pages=max(self.machine.layers, int(scene.hidden_pages)),
+            fetch=fetch,
+            fetch_pages=max(self.machine.layers, self._spare(scene)),
+            mirror=mirror,
+            mirror_pages=max(self.machine.layers, int(scene.hidden_pages / 4)),
+            reasons=tuple(scene.reasons),
+        )
+
+    # --- the scene ------------------------------------------------------------
+
+    def _sort(self, obs: Observation) -> _Scene:
+        scene = _Scene(obs.now)
+        lists = {
+            "decode": scene.decoding,
+            "prefill": scene.prefilling,
+            "paused": scene.paused,
+            "waiting": scene.waiting,
+        }
+        for view in obs.requests:
+            lists[view.phase].append(view)
+        return scene
+
+    def _naive(self, views: Iterable[RequestView]) -> int:
+        """Pages of these requests a few steps ahead, tails included, prefixes counted twice."""
+        size, layers = self.machine.page_size, self.machine.layers
+        total = 0
+        for view in views:
+            tokens = view.tokens + rules.GROWTH_STEPS
+            if view.phase in ("prefill", "waiting"):
+                tokens = max(tokens, view.prompt_tokens + rules.GROWTH_STEPS)
+            total += tokens // size + 1
+        return total * layers
+
+    def _simple(self) -> int:
+        return self.machine.main_pages
+
+    def _used(self, scene: _Scene, views: Sequence[RequestView]) -> int:
+        """Pages of these requests; what they share counts once."""
+        total = self._naive(views)
+        if scene.shared:
+            rids = {view.rid for view in views}
+            for unit in scene.shared:
+                users = sum(user in rids for user in unit.users)
+                total -= max(0, users - 1) * unit.pages * self.machine.layers
+        return total
+
+    def _weigh(self, scene: _Scene, obs: Observation) -> None:
+        machine, spec = self.machine, self.spec
+        context = sum(view.tokens for view in scene.decoding)
+        scene.step_s = max(1e-6, self.costs.compute_s(max(1, len(scene.decoding)), context))
+        scene.hidden_pages = scene.step_s / max(1e-12, self.costs.page_transfer_s)
+        scene.mu = self._mu(scene)
+        rho = scene.hidden_pages / machine.main_pages
+        aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
+        paces = [v.slo.pace_s for v in scene.decoding if v.slo.pace_s is not None]
+        tightest = min(paces, default=math.inf) / scene.step_s
+        if spec.streaming == "hidden":
+            scene.budget_pages = rules.streaming_budget(
+                scene.hidden_pages, machine.main_pages, tightest, aside=aside
+            )
+        self.budget_pages = scene.budget_pages
+        if spec.streaming == "all":
+            scene.room = math.inf
+        else:
+            scene.room = rules.capacity(machine.main_pages, 0, scene.budget_pages, machine.layers)
+        if self._naive([*scene.decoding, *scene.prefilling, *scene.paused]) > scene.room:
+            scene.shared = [unit for unit in obs.units() if len(unit.users) > 1]
+        self._returning = {v.rid: None for v in scene.paused if v.rid in self._returning}
+        scene.used = self._used(scene, self._active(scene))
+
+    def _active(self, scene: _Scene) -> list[RequestView]:
+        back = [view for view in scene.paused if view.rid in self._returning]
+        return [*scene.decoding, *scene.prefilling, *back]
+
+    def _mu(self, scene: _Scene) -> float:
+        """Decode seconds / prefill seconds at the memory limit; infinite while unknown."""
+        if not self._average_prompt:
+            return math.inf
+        size, layers = self.machine.page_size, self.machine.layers
+        held = self._average_prompt + self._average_output / 2
+        together = max(1.0, self.machine.main_pages / layers * size / held)
+        step = self.costs.compute_s(round(together), round(together * held))
+        prefill = self.costs.prefill_s(round(self._average_prompt), 0)
+        return self._average_output * step / max(1e-9, prefill * together)
+
+    # --- setting aside and bringing back --------------------------------------
+
+    def _candidate(self, view: RequestView, scene: _Scene) -> Candidate:
+        pace = view.slo.pace_s
+        pages = view.tokens // self.machine.page_size * self.machine.layers
+        return Candidate(
+            rid=view.rid,
+            pace_s=math.inf if pace is None else pace,
+            deposit_s=view.deposit_s(scene.now),
+            late=self._lost(view, scene),
+            paced=view.slo.deposit and pace is not None and self.spec.has("deposit"),
+            reload_s=pages * self.costs.page_transfer_s,
+            arrival_s=view.arrival_s,
+            tokens=view.tokens,
+        )
+
+    def _lost(self, view: RequestView, scene: _Scene) -> bool:
+        """Whether the TPOT target is missed even if every token to come is computed at once."""
+        pace = view.slo.pace_s
+        if pace is None or view.first_token_s is None:
+            return False
+        left = max(0, view.max_new_tokens - view.generated)
+        return view.deposit_s(scene.now) + left * max(0.0, pace - scene.step_s) < 0
+
+    def _pausable(self, scene: _Scene, gone: Sequence[str]) -> list[RequestView]:
+        return [
+            view
+            for view in scene.decoding
+            if view.pausable
+            and view.generated > 0
+            and view.rid not in gone
+            and view.generated - self._resumed_at.get(view.rid, -MIN_RUN_STEPS) >= MIN_RUN_STEPS
+        ]
+
+    def _overflow(self, scene: _Scene) -> list[str]:
+        """Whom to set aside because those that decode have outgrown memory."""
+        gone: list[str] = []
+        if self.spec.overflow != "pause" or self.spec.streaming == "all":
+            return gone
+        while scene.used > scene.room and len(scene.decoding) - len(gone) > 1:
+            if len(scene.paused) + len(gone) >= self.machine.max_paused:
+                break
+            able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]
+            victim = rules.overflowing(able, self.spec.victim)
+            if victim is None:
+                break
+            gone.append(victim.rid)
+            self._set_aside(scene, gone, victim, "memory is full")
+        return gone
+
+    def _set_aside(self, scene: _Scene, gone: Sequence[str], victim: Candidate, why: str) -> None:
+        scene.used = self._used(scene, [v for v in self._active(scene) if v.rid not in gone])
+        self.counts["pauses"] += 1
+        scene.reasons.append(f"pause {victim.rid}: {why}; ahead by {victim.deposit_s:.3f} s")
+
+    def _wanting(self, scene: _Scene) -> list[Candidacy]:
+        wanting = []
+        for view in scene.waiting:
+            slack = math.inf
+            if view.slo.ttft_s is not None and view.first_token_s is None:
+                slack = view.arrival_s + view.slo.ttft_s - scene.now
+                slack -= self.costs.prefill_s(view.prompt_tokens, 0)
+            pages = self._naive([view])
+            wanting.append(
+                Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, False)
+            )
+        for view in scene.paused:
+            if not view.settled or view.rid in self._returning:
+                continue
+            able = self._candidate(view, scene)
+            paced = able.paced and not able.late
+            slack = able.deposit_s - able.reload_s if paced else (-1.0 if able.late else 0.0)
+            since = scene.now if view.paused_s is None else view.paused_s
+            pages = self._naive([view])
+            owed = not able.paced and not able.late
+            wanting.append(Candidacy(view.rid, since, view.arrival_s, slack, pages, True, owed))
+        return wanting
+
+    def _grant(self, scene: _Scene, gone: Sequence[str]) -> list[str]:
+        """Let those in as far as there is room; may set others aside for an urgent one."""
+        spec = self.spec
+        wanting = self._wanting(scene)
+        if spec.has("ordering"):
+            ordered = rules.by_slack(wanting, scene.now, self._grants)
+        else:
+            ordered = rules.by_arrival(wanting)
+        self._ordered = ordered
+        self._granted: set[str] = set()
+        more: list[str] = []
+        running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
+        for wants in ordered:
+            if running >= self.machine.max_running:
+                break
+            if not self._fits(scene, wants, running):
+                victim = self._make_way(scene, wants, [*gone, *more])
+                if victim is None:
+                    break
+                more.append(victim.rid)
+                running -= 1
+                self._set_aside(scene, [*gone, *more], victim, f"{wants.rid} is urgent")
+                if not self._fits(scene, wants, running):
+                    break
+            running += 1
+            scene.used += wants.pages
+            self._granted.add(wants.rid)
+            if wants.paused:
+                self._grants += 1
+                self._returning[wants.rid] = None
+                scene.reasons.append(f"bring back {wants.rid}: slack {wants.slack_s:.3f} s")
+        return more
+
+    def _fits(self, scene: _Scene, wants: Candidacy, running: int) -> bool:
+        if running == 0:
+            return True  # alone it decodes whatever its size
+        wanted = wants.pages
+        if self.spec.overflow == "queue" and not wants.paused:
+            view = next(v for v in scene.waiting if v.rid == wants.rid)
+            size, layers = self.machine.page_size, self.machine.layers
+            wanted += view.max_new_tokens // size * layers
+        if wants.paused and self.spec.victim == "newest" and not self.spec.rules:
+            wanted += self.machine.layers * running  # so that it is not set aside again at once
+        committed = None
+        if self.spec.has("admission") and self.spec.has("pause") and not wants.paused:
+            committed = self._committed(scene)
+        return rules.admits(scene.used, wanted, int(min(scene.room, 2**60)), committed)
+
+    def _committed(self, scene: _Scene) -> int:
+        """Pages that requests with time left need of memory to stay on time."""
+        total = 0.0
+        for view in [*scene.decoding, *scene.paused]:
+            pace = view.slo.pace_s
+            if self._lost(view, scene) and view.rid not in self._returning:
+                continue
+            paced = view.slo.deposit and pace is not None and self.spec.has("deposit")
+            total += self._naive([view]) * rules.committed_share(scene.step_s, pace or 0.0, paced)
+        return int(total) + self._naive(scene.prefilling)
+
+    def _make_way(self, scene: _Scene, wants: Candidacy, gone: Sequence[str]) -> Candidate | None:
+        """Somebody ahead of schedule who leaves for an urgent request, by the pause rule."""
+        if not self.spec.has("pause") or wants.slack_s >= rules.URGENT_STEPS * scene.step_s:
+            return None
+        if wants.slack_s < 0 or len(scene.paused) + len(gone) >= self.machine.max_paused:
+            return None
+        if self.spec.has("stand-aside") and rules.stands_aside(1.0, scene.mu)[1]:
+            return None
+        able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]
+        view = next(v for v in [*scene.waiting, *scene.paused] if v.rid == wants.rid)
+        pace = math.inf if view.slo.pace_s is None else view.slo.pace_s
+        return rules.ahead(able, scene.step_s, pace, wants.slack_s)
+
+    def _returns(self, scene: _Scene) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Who decodes again now, and for whom pages are still fetched."""
+        alone = not scene.decoding and not scene.prefilling
+        resume, fetch = [], []
+        budget = self._spare(scene)
+        for view in scene.paused:
+            if view.rid not in self._returning:
+                continue
+            if alone or view.missing_pages <= budget or self.spec.streaming == "all":
+                resume.append(view.rid)
+                self._returning.pop(view.rid)
+                self._resumed_at[view.rid] = view.generated
+                self.counts["resumes"] += 1
+                scene.reasons.append(f"resume {view.rid}: {view.missing_pages} pages to come")
+                budget -= view.missing_pages
+                alone = False
+            else:
+                fetch.append(view.rid)
+        return tuple(resume), tuple(fetch)
+
+    def _spare(self, scene: _Scene) -> int:
+        """Pages that a step can still fetch under its compute."""
+        budget = int(rules.HIDDEN_SHARE * scene.hidden_pages) - self.streamed_pages
+        return max(budget, int(scene.hidden_pages / 8), 1)
+
+    def _mirror(self, scene: _Scene, gone: Sequence[str]) -> tuple[str, ...]:
+        """Who may be set aside next: copied to the host ahead, so that it costs nothing then."""
+        if self.spec.overflow != "pause" or not (scene.waiting or scene.paused):
+            return ()
+        able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]
+        next_out = rules.overflowing(able, self.spec.victim)
+        return () if next_out is None or len(able) < 2 else (next_out.rid,)
+
+    # --- prefill --------------------------------------------------------------
+
+    def _admission(self, scene: _Scene) -> tuple[tuple[str, ...] | None, frozenset[str] | None]:
+        if not scene.waiting:
+            return None, None
+        waiting = {view.rid for view in scene.waiting}
+        order = tuple(wants.rid for wants in self._ordered if wants.rid in waiting)
+        if self.spec.overflow == "retract" or self.spec.streaming == "all":
+            return order if self.spec.has("ordering") else None, None
+        return order, frozenset(self._granted & waiting)
+
+    def admitted(self, count: int) -> None:
+        """So many waiting requests have started."""
+        self._grants += count
+
+    def _chunk(self, scene: _Scene) -> tuple[int | None, bool]:
+        """Most tokens of the next prefill step, and whether it may come now."""
+        if not self.spec.has("chunking") or not (scene.waiting or scene.prefilling):
+            return None, True
+        if not scene.decoding:
+            return None, True
+        gaps = [self._gap(view, scene) for view in scene.decoding]
+        tokens = self.machine.max_chunk_tokens
+        token_s = self.costs.prefill_s(tokens, 0) / tokens
+        least_s = max(self.machine.page_size, rules.MIN_CHUNK_TOKENS) * token_s
+        late = sum(gap < least_s + scene.step_s for gap in gaps)
+        chunk = rules.chunk(
+            min(gaps), scene.step_s, token_s, self.machine.page_size, tokens, late,
+            len(scene.waiting) + len(scene.prefilling),
+        )  # fmt: skip
+        return chunk.tokens, self._since_chunk >= chunk.every
+
+    def _gap(self, view: RequestView, scene: _Scene) -> float:
+        """Time until the next token of ``view`` must be there; infinite where none is due."""
+        pace = view.slo.pace_s
+        if pace is None or view.last_token_s is None or self._lost(view, scene):
+            return math.inf
+        due = view.deposit_s(scene.now) + pace
+        if view.slo.deposit and self.spec.has("deposit"):
+            return due
+        longest = STRICT_GAP_S if view.slo.tbt_s is None else view.slo.tbt_s
+        return min(due, view.last_token_s + longest - scene.now)
+
+    # --- placement ------------------------------------------------------------
+
+    def _place(
+        self, scene: _Scene, obs: Observation, gone: Sequence[str]
+    ) -> tuple[dict[str, IntArray] | None, tuple[str, ...]]:
+        """Where the pages of those that decode live, if that has to be said anew; and whom the
+        authors' plan sets aside."""
+        active = [v for v in self._active(scene) if v.rid not in gone]
+        away = frozenset(v.rid for v in scene.paused if v.rid not in self._returning)
+        away |= frozenset(gone)
+        key = frozenset(view.rid for view in active), away
+        if self.spec.overflow != "pause":
+            return None, ()
+        if self._used(scene, active) <= self.machine.main_pages:
+            if self._placed is None and not away:
+                return None, ()
+            if self._placed == key and self.planning.plan is None:
+                return None, ()
+            self.planning.forget()
+            self.streamed_pages = 0
+            self._placed = key if away else None
+            return {}, ()
+        changed = self._placed != key or self._replan or self._plan_steps >= WINDOW_STEPS
+        if not changed and not self.planning.busy:
+            return None, ()
+        held = sum(v.tokens // self.machine.page_size for v in scene.paused)
+        problem = self.planning.problem(
+            active, obs.units(), scene.step_s, self.costs.page_transfer_s,
+            None if self.spec.streaming == "all" else scene.budget_pages,
+            held * self.machine.layers, scene.now,
+        )  # fmt: skip
+        plan = self.planning.ask(problem) if changed or self.planning.plan is None else None
+        plan = plan or self.planning.news(problem)
+        if plan is None:
+            return None, ()
+        self._placed, self._replan, self._plan_steps = key, False, 0
+        self.streamed_pages = plan.streamed_pages
+        set_aside = tuple(unit.id for unit in plan.units if unit.paused and unit.id in key[0])
+        if set_aside:
+            self.counts["pauses"] += len(set_aside)
+            scene.reasons.append(f"pause {', '.join(set_aside)}: by the plan")
+        return dict(placement_of(plan)), set_aside

@@ -1,0 +1,201 @@
+"""The rules, one pure function each; a policy is a choice of them.
+
+Why these and not others: ``docs/control.md``. Words: h, the pages that a step's compute
+hides on the link; rho = h / arena; s = TPOT target / step with everything resident; mu =
+decode seconds / prefill seconds at the memory limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HIDDEN_SHARE = 0.9  # of h: beyond 1.2 h everybody slows down
+LEAST_RHO = 0.03  # below, streaming admits nobody worth its trouble
+LEAST_MU = 1.0  # below, prefill is the bottleneck and memory is not
+URGENT_STEPS = 6  # so many steps before a deadline a request is urgent
+GROWTH_STEPS = 8  # that an admission leaves room for
+RELOAD_MARGIN = 2.0  # a pause has to cover so many reloads
+AGEING_SHARE = 8  # one admission in so many goes to who has waited longest
+LONGEST_WAIT_S = 30.0  # who has waited longer comes first
+MIN_CHUNK_TOKENS = 64
+MAX_STEPS_BETWEEN_CHUNKS = 8
+CHUNK_SHARE = 0.95  # of the gap that a chunk may take
+
+
+# --- streaming ------------------------------------------------------------------
+
+
+def streaming_budget(
+    hidden_pages: float, arena_pages: int, tightest_s: float, *, aside: bool = False
+) -> int:
+    """Pages that a step streams so that more requests decode: what compute hides.
+
+    Where the tightest SLO leaves too little slack to take turns (1 < s < 1 / (1 - rho)),
+    slack buys more by streaming into it.
+    """
+    if aside:
+        return 0
+    rho = min(hidden_pages / max(1, arena_pages), 1.0)
+    if rho < 1 and 1 < tightest_s < 1 / (1 - rho):
+        return int(hidden_pages * max(HIDDEN_SHARE, CHUNK_SHARE * tightest_s))
+    return int(HIDDEN_SHARE * hidden_pages)
+
+
+def capacity(main_pages: int, tails: int, budget_pages: int, layers: int) -> int:
+    """Closed pages that can be decoded together. Of what is streamed, two layers' worth
+    passes through the arena at a time."""
+    return main_pages - tails + int(budget_pages * (1 - 2 / max(2, layers)))
+
+
+def stands_aside(rho: float, mu: float) -> tuple[bool, bool]:
+    """Whether not to stream to admit more, and whether not to pause for newcomers either."""
+    prefill_bound = mu < LEAST_MU
+    return rho < LEAST_RHO or prefill_bound, prefill_bound
+
+
+# --- pausing --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A decoding request that could be paused."""
+
+    rid: str
+    pace_s: float  # its SLO; infinite: none
+    deposit_s: float  # how long the client can be served without it
+    late: bool  # its SLO is lost already
+    paced: bool  # the client gets tokens at the SLO's pace
+    reload_s: float
+    arrival_s: float
+    tokens: int
+
+
+def ahead(
+    candidates: Sequence[Candidate], step_s: float, pace_s: float, slack_s: float
+) -> Candidate | None:
+    """Whom to pause for an urgent request of pace ``pace_s`` that has ``slack_s`` left.
+
+    Somebody already late, else who is furthest ahead; only with paced delivery, only no
+    stricter than the urgent one, and only who stays ahead of its client and of the urgent
+    one by twice its reload and some steps.
+    """
+    able = [c for c in candidates if c.paced and c.pace_s >= pace_s]
+    late = [c for c in able if c.late]
+    if late:
+        return max(late, key=lambda c: (c.pace_s, -c.deposit_s, c.arrival_s))
+    best = max(able, key=lambda c: (c.deposit_s, c.arrival_s), default=None)
+    if best is None:
+        return None
+    needed = RELOAD_MARGIN * best.reload_s + URGENT_STEPS * step_s
+    if best.deposit_s <= needed or best.deposit_s - max(0.0, slack_s) <= needed:
+        return None
+    return best
+
+
+def overflowing(candidates: Sequence[Candidate], victim: str) -> Candidate | None:
+    """Whom to pause when those that decode have outgrown memory.
+
+    ``ahead``: a loose request before a strict one, the late, then the furthest ahead;
+    ``newest``; ``longest``: the authors' choice.
+    """
+    keys = {
+        "ahead": lambda c: (math.isinf(c.pace_s), c.late, c.deposit_s, c.arrival_s),
+        "newest": lambda c: c.arrival_s,
+        "longest": lambda c: (c.tokens, c.arrival_s),
+    }
+    return max(candidates, key=keys[victim], default=None)
+
+
+# --- ordering -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidacy:
+    """A request that wants to decode: waiting for its prefill, or paused."""
+
+    rid: str
+    since_s: float  # waiting or paused
+    arrival_s: float
+    slack_s: float  # deadline minus what it takes to get going; infinite: no deadline
+    pages: int  # of all layers, once it decodes
+    paused: bool
+    owed: bool  # paused although its client sees the stall: comes before newcomers
+
+
+def by_slack(wanting: Sequence[Candidacy], now: float, grants: int) -> list[Candidacy]:
+    """Least slack first; who is late anyway comes last; nobody waits for ever.
+
+    ``grants`` counts those started so far: every ``AGEING_SHARE``-th place goes to who has
+    waited longest, and who has waited beyond ``LONGEST_WAIT_S`` comes first.
+    """
+
+    def key(c: Candidacy) -> tuple[int, float, float]:
+        if now - c.since_s > LONGEST_WAIT_S:
+            return 0, c.since_s, c.arrival_s
+        if c.owed:
+            return 1, c.since_s, c.arrival_s
+        return (3, c.arrival_s, 0.0) if c.slack_s < 0 else (2, c.slack_s, c.arrival_s)
+
+    ordered = sorted(wanting, key=key)
+    if ordered and grants % AGEING_SHARE == AGEING_SHARE - 1:
+        oldest = min(ordered, key=lambda c: c.since_s)
+        ordered.remove(oldest)
+        ordered.insert(0, oldest)
+    return ordered
+
+
+def by_arrival(wanting: Sequence[Candidacy]) -> list[Candidacy]:
+    """First come, first served; who is paused was served first."""
+    return sorted(wanting, key=lambda c: (not c.paused, c.arrival_s))
+
+
+# --- admission ------------------------------------------------------------------
+
+
+def committed_share(step_s: float, pace_s: float, paced: bool) -> float:
+    """The share of the time that a request has to be in memory to meet its SLO."""
+    return min(1.0, step_s / pace_s) if paced and pace_s > 0 else 1.0
+
+
+def admits(used: int, wanted: int, room: int, committed: float | None) -> bool:
+    """Whether ``wanted`` pages fit beside ``used``, and beside what on-time requests will
+    need of memory in turns (``committed``; None: not looked at)."""
+    return used + wanted <= room and (committed is None or committed + wanted <= room)
+
+
+# --- chunks ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next prefill step: at most ``tokens``, after ``every`` decode steps."""
+
+    tokens: int
+    every: int
+
+
+def chunk(
+    gap_s: float,
+    step_s: float,
+    token_s: float,
+    page_size: int,
+    max_tokens: int,
+    made_late: int,
+    waiting: int,
+) -> Chunk:
+    """The largest chunk that fits the tightest gap left to those decoding.
+
+    Behind the chunk comes a decode step, which has to fit as well. Where even the smallest
+    does not, one smallest chunk every few steps: the more requests it makes late
+    (``made_late``) for each that waits (``waiting``), the more.
+    """
+    least = -(-max(page_size, MIN_CHUNK_TOKENS) // page_size) * page_size
+    if math.isinf(gap_s):
+        return Chunk(max_tokens, 1)
+    fitting = int((CHUNK_SHARE * gap_s - step_s) / token_s) if token_s > 0 else max_tokens
+    if fitting >= least:
+        return Chunk(max(least, min(max_tokens, fitting // page_size * page_size)), 1)
+    every = round(1 + made_late / max(1, waiting))
+    return Chunk(min(least, max_tokens), max(1, min(MAX_STEPS_BETWEEN_CHUNKS, every)))

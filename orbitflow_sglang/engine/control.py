@@ -1,0 +1,322 @@
+"""The controller's eyes and hands in SGLang's scheduler.
+
+``observe`` keeps a view of every request; the scheduler's hooks carry out what the
+controller decides. While it decides nothing, a step costs one look at each request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from orbitflow_sglang.control.controller import Controller
+from orbitflow_sglang.control.feedback import Feedback
+from orbitflow_sglang.control.view import NOTHING, Observation, RequestView, StepDecision, UnitView
+from orbitflow_sglang.engine import pausing
+from orbitflow_sglang.engine.pausing import Paused
+from orbitflow_sglang.engine.placement import LiveRequest, PlanPlacer, units_of
+from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.slo import SLO, SLOError, request_slo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Launched:
+    """A step under way."""
+
+    at_s: float
+    prefill: bool
+    batch: int
+    context_tokens: int
+    new_tokens: int
+    predicted_s: float
+    stall_s: float
+    h2d_bytes: int
+    h2d_busy_s: float
+
+
+class SchedulerControl:
+    """One scheduler's controller, with what it needs to see and to act."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        runtime: Runtime,
+        controller: Controller,
+        feedback: Feedback,
+        default_slo: SLO,
+    ) -> None:
+        assert isinstance(runtime.placer, PlanPlacer)
+        self.controller = controller
+        self.feedback = feedback
+        self.default_slo = default_slo
+        self.views: dict[str, RequestView] = {}
+        self.paused: dict[str, Paused] = {}
+        self.decision: StepDecision = NOTHING
+        self.force: Callable[[Observation, StepDecision], StepDecision] | None = None  # tests only
+        self.counts: Counter[str] = Counter()
+        self.step_errors: list[float] = []  # measured / predicted of the last decode steps
+        self._scheduler = scheduler
+        self._runtime = runtime
+        self._placer = runtime.placer
+        self._launched: _Launched | None = None
+        self._held: dict[str, Req] = {}  # with KV, as last observed
+
+    # --- around the choice of the next batch -----------------------------------
+
+    def before(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
+        """Decide, and bring back who resumes; the running batch as it is then."""
+        self._drop_finished()
+        observation = self._observe(running, last)
+        decision = self.controller.decide(observation)
+        if self.force is not None:
+            decision = self.force(observation, decision)
+        self.decision = decision
+        for rid in decision.resume:
+            if (paused := self.paused.pop(rid, None)) is not None:
+                running = pausing.put_back(running, paused)
+                view = self.views[rid]
+                view.phase, view.paused_s, view.missing_pages = "decode", None, 0
+                self.counts["resumes"] += 1
+        if decision is not NOTHING or self._placer.spills:
+            away = {*self.paused, *decision.pause} - {*decision.fetch}
+            live = self._live()
+            self._placer.adopt(decision, away, live, self._pages(live))
+        return running
+
+    def pause(self, running: ScheduleBatch) -> None:
+        """Set aside whom the decision names, once finished prefills are merged."""
+        for rid in self.decision.pause:
+            req = next((r for r in running.reqs if r.rid == rid), None)
+            if req is None or not pausing.can_pause(req, self._scheduler.enable_overlap):
+                self.counts["pauses_missed"] += 1
+                continue
+            self.paused[rid] = pausing.cut_out(running, req)
+            view = self.views[rid]
+            view.phase, view.paused_s = "paused", time.perf_counter()
+            view.settled = False
+            view.pauses += 1
+            self.counts["pauses"] += 1
+
+    def defers_prefill(self, running: ScheduleBatch) -> bool:
+        """Whether this step decodes although prompts wait."""
+        return not self.decision.prefill and not running.is_empty()
+
+    def prefill_batch(self, choose: Callable[[], Any]) -> Any:
+        """SGLang's choice of a prefill batch among those who may start, in our order."""
+        decision, scheduler = self.decision, self._scheduler
+        if decision.order is None and decision.admit is None and decision.chunk_tokens is None:
+            return choose()
+        queue: list[Req] = scheduler.waiting_queue
+        if decision.order is not None:
+            rank = {rid: place for place, rid in enumerate(decision.order)}
+            queue = sorted(queue, key=lambda req: rank.get(req.rid, len(rank)))
+        admit = decision.admit
+        known = self.views.keys()
+        held_back = [r for r in queue if admit is not None and r.rid in known - admit]
+        scheduler.waiting_queue = [r for r in queue if r not in held_back]
+        chunk = scheduler.chunked_prefill_size
+        if decision.chunk_tokens is not None and chunk is not None and chunk > 0:
+            scheduler.chunked_prefill_size = min(chunk, decision.chunk_tokens)
+        before = len(scheduler.waiting_queue)
+        try:
+            return choose()
+        finally:
+            scheduler.chunked_prefill_size = chunk
+            self.controller.admitted(max(0, before - len(scheduler.waiting_queue)))
+            scheduler.waiting_queue = [*scheduler.waiting_queue, *held_back]
+
+    # --- steps ------------------------------------------------------------------
+
+    def launch(self, batch: ScheduleBatch) -> None:
+        """A step is about to run: the one before it took until now."""
+        now = time.perf_counter()
+        self._measure(now)
+        prefill = batch.forward_mode.is_extend()
+        self.controller.stepped(prefill)
+        lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
+        context = sum(lengths)
+        store = self._runtime.store
+        decoding = len(batch.reqs) if not prefill else len(batch.decoding_reqs or ())
+        predicted = self.feedback.compute_s(max(1, decoding), context)
+        streamed = self.controller.streamed_pages * self.feedback.page_transfer_s
+        self._launched = _Launched(
+            at_s=now,
+            prefill=prefill,
+            batch=len(batch.reqs),
+            context_tokens=context,
+            new_tokens=batch.extend_num_tokens or 0,
+            predicted_s=max(predicted, streamed),
+            stall_s=store.ring.stall_s,
+            h2d_bytes=store.engine.h2d.bytes,
+            h2d_busy_s=store.engine.h2d.busy_s,
+        )
+
+    def idle(self) -> None:
+        """Nothing runs: the time until the next step belongs to none."""
+        self._launched = None
+
+    def _measure(self, now: float) -> None:
+        step, self._launched = self._launched, None
+        if step is None:
+            return
+        store, seconds = self._runtime.store, now - step.at_s
+        stall = store.ring.stall_s - step.stall_s
+        pages = (store.engine.h2d.bytes - step.h2d_bytes) / store.layout.page_bytes
+        self.feedback.transfers(int(pages), store.engine.h2d.busy_s - step.h2d_busy_s)
+        if step.prefill:
+            self.feedback.prefill_chunk(
+                step.new_tokens, max(1e-6, seconds - stall), step.context_tokens
+            )
+            return
+        self.step_errors = [*self.step_errors[-255:], seconds / max(1e-9, step.predicted_s)]
+        self.feedback.decode_step(step.batch, step.context_tokens, seconds, stall)
+        if self.feedback.take_drift():
+            self.controller.drifted()
+
+    def streaming_out(self, reqs: Iterable[Req]) -> None:
+        """Tokens of ``reqs`` are about to leave the scheduler."""
+        now = time.perf_counter()
+        for req in reqs:
+            view = self.views.get(req.rid)
+            if view is None:
+                continue
+            generated = len(req.output_ids)
+            if generated > view.generated:
+                view.generated = generated
+                view.last_token_s = now
+                if view.first_token_s is None:
+                    view.first_token_s = now
+
+    # --- everything that enumerates requests -----------------------------------
+
+    def abort(self, rid: str, everything: bool) -> None:
+        """Paused requests with that prefix of an id end at once; they need no last step."""
+        for name, paused in list(self.paused.items()):
+            if (everything or name.startswith(rid)) and self._settle(name):
+                del self.paused[name]
+                pausing.end(self._scheduler, paused)
+
+    def resume_all(self) -> None:
+        """Everybody back into the running batch, for what only knows of that one."""
+        for rid in list(self.paused):
+            paused = self.paused.pop(rid)
+            self._scheduler.running_batch = pausing.put_back(
+                self._scheduler.running_batch, paused
+            )
+            self.views[rid].phase = "decode"
+
+    def live(self, batch: ScheduleBatch) -> list[LiveRequest]:
+        """Paused requests, as the runtime is to know them beside those of ``batch``."""
+        return [
+            LiveRequest(rid, p.req.kv.req_pool_idx, p.req.kv.kv_allocated_len, paused=True)
+            for rid, p in self.paused.items()
+            if p.req.kv.holds_kv
+        ]
+
+    # --- inside -----------------------------------------------------------------
+
+    def _settle(self, rid: str) -> bool:
+        return self.views[rid].settled
+
+    def _drop_finished(self) -> None:
+        """A step under way may have finished a request behind its pause."""
+        for rid in [rid for rid, p in self.paused.items() if p.req.finished()]:
+            del self.paused[rid]
+        for rid, paused in list(self.paused.items()):
+            self.views[rid].settled = True  # its last result was processed behind the pause
+            if paused.req.to_finish is not None:
+                del self.paused[rid]
+                pausing.end(self._scheduler, paused)
+
+    def _observe(self, running: ScheduleBatch, last: ScheduleBatch | None) -> Observation:
+        scheduler, views = self._scheduler, self.views
+        seen: dict[str, RequestView] = {}
+        self._held = held = {}
+        chunked = scheduler.chunked_req
+        batches = [running] if last is None or last is running else [running, last]
+        for batch in batches:
+            for req in batch.reqs:
+                if req.finished() or req is chunked or not req.kv.holds_kv:
+                    continue
+                if req.rid in self.paused:
+                    continue
+                view = seen[req.rid] = self._view(req)
+                view.phase, view.tokens = "decode", req.kv.kv_allocated_len
+                held[req.rid] = req
+        if chunked is not None and not chunked.finished():
+            view = seen[chunked.rid] = self._view(chunked)
+            view.phase, view.tokens = "prefill", chunked.kv.kv_allocated_len
+            held[chunked.rid] = chunked
+        for rid, paused in self.paused.items():
+            view = seen[rid] = self._view(paused.req)
+            view.phase, view.tokens = "paused", paused.req.kv.kv_allocated_len
+            held[rid] = paused.req
+            if rid in self.decision.fetch:
+                view.missing_pages = self._placer.missing(self._pages_of(paused.req))
+            else:
+                view.missing_pages = view.tokens // self._runtime.store.layout.page_size
+                view.missing_pages *= self._runtime.store.layout.layers
+        for req in scheduler.waiting_queue:
+            view = seen[req.rid] = self._view(req)
+            view.phase, view.tokens = "waiting", 0
+            view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        if len(seen) != len(views):
+            for rid in views.keys() - seen.keys():
+                self.controller.finished(views[rid])
+            self.views = seen
+        return Observation(time.perf_counter(), list(seen.values()), self._units)
+
+    def _view(self, req: Req) -> RequestView:
+        view = self.views.get(req.rid)
+        if view is None:
+            view = self.views[req.rid] = self._new_view(req)
+        return view
+
+    def _new_view(self, req: Req) -> RequestView:
+        try:
+            slo = request_slo(req.sampling_params.custom_params, self.default_slo)
+        except SLOError as error:  # checked at the door, unless it came in by another one
+            logger.warning("OrbitFlow: %s: %s", req.rid, error)
+            slo = self.default_slo
+        entered = req.time_stats.wait_queue_entry_time
+        return RequestView(
+            rid=req.rid,
+            arrival_s=entered if entered > 0 else time.perf_counter(),
+            slo=slo,
+            prompt_tokens=len(req.origin_input_ids),
+            max_new_tokens=req.sampling_params.max_new_tokens,
+            pausable=pausing.can_pause(req, self._scheduler.enable_overlap),
+        )
+
+    def _live(self) -> list[LiveRequest]:
+        """Every request that holds KV, as last observed."""
+        return [
+            LiveRequest(rid, req.kv.req_pool_idx, req.kv.kv_allocated_len, rid in self.paused)
+            for rid, req in self._held.items()
+            if req.kv.holds_kv
+        ]
+
+    def _pages(self, live: Iterable[LiveRequest]) -> list[np.ndarray]:
+        return [self._runtime.pages_of(request) for request in live]
+
+    def _pages_of(self, req: Req) -> np.ndarray:
+        return self._runtime.pages_of(
+            LiveRequest(req.rid, req.kv.req_pool_idx, req.kv.kv_allocated_len)
+        )
+
+    def _units(self) -> list[UnitView]:
+        live = self._live()
+        store = self._runtime.store
+        found = units_of(
+            live, self._pages(live), len(store.table.in_use), store.layout.page_size
+        )
+        return [unit for unit, _ in found]

@@ -1,0 +1,98 @@
+"""Taking a request out of SGLang's running batch and putting it back as it was.
+
+A paused request keeps its row, its KV slots and its lock on the radix tree. What a batch
+knows of it and nothing could rebuild (penalties seen so far, its seed's place, which
+logprobs it wants) is kept as a batch of its own, cut out of the running one.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
+
+
+@dataclass(eq=False)
+class Paused:
+    """One request set aside, with its share of the batch."""
+
+    req: Req
+    batch: ScheduleBatch
+
+
+def can_pause(req: Req, enable_overlap: bool) -> bool:
+    """Whether ``req`` comes back with all its state.
+
+    Under overlap SGLang counts a token for penalties one step late, in the batch that
+    runs then; a request that leaves in between would miss it.
+    """
+    params = req.sampling_params
+    penalised = (
+        params.frequency_penalty != 0
+        or params.presence_penalty != 0
+        or params.repetition_penalty != 1
+        or params.min_new_tokens > 0
+    )
+    if penalised and enable_overlap:
+        return False
+    return (
+        req.beam_group is None
+        and req.multimodal_inputs is None
+        and req.session is None
+        and req.input_embeds is None
+        and not req.finished()
+        and req.to_finish is None
+    )
+
+
+def cut_out(batch: ScheduleBatch, req: Req) -> Paused:
+    """Remove ``req`` from the running ``batch``, which keeps the others."""
+    index = next(i for i, other in enumerate(batch.reqs) if other is req)
+    part = copy.copy(batch)
+    part.sampling_info = _copied(batch.sampling_info, part)
+    part.filter_batch(keep_indices=[index])
+    part.batch_is_full = False
+    batch.filter_batch(reqs_to_exclude=[req])
+    batch.batch_is_full = False
+    return Paused(req, part)
+
+
+def put_back(running: ScheduleBatch, paused: Paused) -> ScheduleBatch:
+    """The running batch with the paused request in it."""
+    if running.is_empty():
+        return paused.batch
+    running.merge_batch(paused.batch)
+    return running
+
+
+def end(scheduler: Any, paused: Paused) -> None:
+    """Finish a paused request that was aborted: give back all it holds and tell its client."""
+    req = paused.req
+    if req.to_finish is None and not req.finished():
+        req.to_finish = FINISH_ABORT()
+    req.update_finish_state()
+    release_kv_cache(req, scheduler.tree_cache, checkpoint=True)
+    req.time_stats.set_completion_time()
+    scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+
+def _copied(info: Any, batch: ScheduleBatch) -> Any:
+    """Sampling state of its own for ``batch``, equal to ``info``.
+
+    Tensors are shared until one side is filtered, which makes new ones.
+    """
+    twin = copy.copy(info)
+    orchestrator: BatchedPenalizerOrchestrator = copy.copy(info.penalizer_orchestrator)
+    orchestrator.batch = batch
+    orchestrator.penalizers = {}
+    for kind, penalizer in info.penalizer_orchestrator.penalizers.items():
+        own = copy.copy(penalizer)
+        own._orchestrator_ref = weakref.ref(orchestrator)
+        orchestrator.penalizers[kind] = own
+    twin.penalizer_orchestrator = orchestrator
+    return twin
