@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from orbitflow_sglang.planner.cost_model import Profile
 from orbitflow_sglang.planner.policies import Policy, fit
 from orbitflow_sglang.planner.units import group_pages
 from orbitflow_sglang.residency.store import NO_PAGES, LayerPass, ResidencyStore, Step
@@ -66,6 +67,14 @@ class Counters:
     failed_idle_checks: int = 0
 
 
+@dataclass(frozen=True)
+class ProfileOrigin:
+    """Where the cost profile is from."""
+
+    source: str  # file, cache or measured
+    seconds: float  # that it took to get
+
+
 class Runtime:
     """One rank's OrbitFlow. The scheduler's thread owns it."""
 
@@ -74,6 +83,8 @@ class Runtime:
     def __init__(self, store: ResidencyStore, policy: Policy) -> None:
         self.store = store
         self.policy = policy
+        self.profile: Profile | None = None
+        self.profile_origin: ProfileOrigin | None = None
         self.counters = Counters()
         self.decode_batch_sizes: Counter[int] = Counter()
         self.req_to_token = np.zeros((0, 0), dtype=np.int32)
@@ -90,6 +101,15 @@ class Runtime:
         """Place by another policy from the next step on."""
         self.policy = policy
         self._masks = {}
+
+    def start_over(self) -> None:
+        """Forget what was done so far: it was not for any request. All pages must be free."""
+        self.store.renew()
+        self.counters = Counters()
+        self.decode_batch_sizes.clear()
+        self._masks = {}
+        self._placed_at_step = 0
+        self._checked_at = None
 
     # --- one step -------------------------------------------------------------
 
