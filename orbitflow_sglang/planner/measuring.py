@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BATCHES = (1, 8, 2, 4)  # the ends first: measuring may be cut short
-CONTEXT_RATIO = 8  # between the contexts that are measured with one batch
-CONTEXTS_PER_BATCH = 4
-STEPS = 6  # of each point, the first one not counted
+CONTEXT_RATIO = 16  # between the contexts that are measured with one batch
+CONTEXTS_PER_BATCH = 3
+ROUNDS = 2  # visits to each point
+STEPS = 4  # of each visit, the first one not counted
 TRANSFER_RATIO = 4
 MAX_TRANSFER_BYTES = 1 << 26
 EMULATED_TRANSFER_S = 0.04  # a slow link is known by its rate: no long transfer is needed
@@ -58,10 +59,10 @@ def _largest_context(room: Room, batch: int) -> int:
     """The power of two that ``batch`` requests can each begin with; 0 when there is none."""
     if batch > room.requests:
         return 0
-    # Beside closed pages: an open page each, and as many again that the store keeps free.
-    pages = (room.extents - 1) // batch - 3
+    # For each request the store keeps one more page free.
+    pages = (room.extents - 1) // batch - 1
     tokens = min(
-        pages * room.page_size,
+        pages * room.page_size - STEPS,
         room.tokens // batch - 2 * room.page_size - STEPS,
         room.context_tokens - STEPS,
         room.most_tokens // batch,
