@@ -27,6 +27,7 @@ from eval.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".cache" / "logs"
+PROFILES = ROOT / ".cache" / "profiles"  # measured costs, kept out of the user's home
 HOST = "127.0.0.1"
 
 # The CPU platform also where there is a GPU; nothing is looked up on the network. PyTorch's
@@ -37,6 +38,7 @@ CPU_ENV: Mapping[str, str] = {
     "SGLANG_PLATFORM": "orbitflow_native",
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "ORBITFLOW_CACHE_DIR": str(PROFILES),
 }
 # A configuration that leaked in from the outside would turn a stock server into another.
 LEFT_OUT_OF_ENV = ("ORBITFLOW_CONFIG",)

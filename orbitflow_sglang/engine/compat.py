@@ -22,7 +22,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from orbitflow_sglang import SUPPORTED_SGLANG
 from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError, OrbitFlowConfig
-from orbitflow_sglang.engine import hooks, sizing
+from orbitflow_sglang.engine import hooks, profile_files, sizing
 
 logger = logging.getLogger(__name__)
 ResolutionHook = Callable[[Any, Callable[[Any], None]], None]
@@ -125,6 +125,8 @@ def check_last(server_args: Any, previous: Callable[[Any], None]) -> None:
     assert config is not None
     layers = model_config_of(server_args).num_attention_layers
     sizing.check_sizes(config, layers, view.page_size, sizing.free_host_bytes())
+    if config.profile is not None:
+        profile_files.read_given(config.profile, layers)
 
 
 def check_arguments(view: Any) -> None:

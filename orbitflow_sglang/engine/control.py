@@ -209,9 +209,7 @@ class SchedulerControl:
         """Everybody back into the running batch, for what only knows of that one."""
         for rid in list(self.paused):
             paused = self.paused.pop(rid)
-            self._scheduler.running_batch = pausing.put_back(
-                self._scheduler.running_batch, paused
-            )
+            self._scheduler.running_batch = pausing.put_back(self._scheduler.running_batch, paused)
             self.views[rid].phase = "decode"
 
     def live(self, batch: ScheduleBatch) -> list[LiveRequest]:
@@ -316,7 +314,5 @@ class SchedulerControl:
     def _units(self) -> list[UnitView]:
         live = self._live()
         store = self._runtime.store
-        found = units_of(
-            live, self._pages(live), len(store.table.in_use), store.layout.page_size
-        )
+        found = units_of(live, self._pages(live), len(store.table.in_use), store.layout.page_size)
         return [unit for unit, _ in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,33 @@ def describe(runtime: Runtime, live: list[LiveRequest]) -> dict[str, Any]:
         "idle_checks": counters.idle_checks,
         "failed_idle_checks": counters.failed_idle_checks,
         "decode_batch_sizes": {str(k): n for k, n in sorted(runtime.decode_batch_sizes.items())},
+        "profile": _profile(runtime),
         "num_requests": len(live),
         "requests": [_request(runtime, request) for request in listed],
+    }
+
+
+def _profile(runtime: Runtime) -> dict[str, Any] | None:
+    """The costs planned with; None under a policy that never plans."""
+    profile, origin = runtime.profile, runtime.profile_origin
+    if profile is None or origin is None:
+        return None
+    links = {
+        name: {
+            "setup_s": model.setup_s,
+            "bytes_per_s": profile.page_bytes / model.per_page_s if model.per_page_s else None,
+            "r2": model.r2,
+        }
+        for name, model in (("h2d", profile.h2d), ("d2h", profile.d2h))
+    }
+    return {
+        "source": origin.source,
+        "seconds": origin.seconds,
+        "model": profile.model,
+        "device": profile.device,
+        "compute": asdict(profile.compute),
+        **links,
+        "prefill_tokens_per_s": profile.prefill_tokens_per_s,
     }
 
 

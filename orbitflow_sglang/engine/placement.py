@@ -42,6 +42,9 @@ class Placer(Protocol):
     def begun(self, live: Sequence[LiveRequest], held: Sequence[np.ndarray]) -> None:
         """Behind ``store.begin``: what may be copied under this step for later ones."""
 
+    def reset(self) -> None:
+        """Forget what was placed so far."""
+
 
 class PolicyPlacer:
     """A planner policy that says which layers of which unit are offloaded."""
@@ -49,8 +52,12 @@ class PolicyPlacer:
     def __init__(self, store: ResidencyStore, policy: Policy) -> None:
         self.policy = policy
         self.name = policy.name
-        self.placements = 0
         self._store = store
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was placed so far."""
+        self.placements = 0
         self._masks: dict[str, np.ndarray] = {}  # of each live request's new pages
         self._steps = 0
 
@@ -113,8 +120,12 @@ class PlanPlacer:
 
     def __init__(self, store: ResidencyStore, name: str) -> None:
         self.name = name
-        self.placements = 0
         self._store = store
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was placed so far."""
+        self.placements = 0
         # Of each placed request: row index of its first own page, pages on the host [layers].
         self._placed: dict[str, tuple[int, np.ndarray]] = {}
         self._away: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from orbitflow_sglang.engine.placement import LiveRequest, Placer, PolicyPlacer, joined
+from orbitflow_sglang.planner.cost_model import Profile
 from orbitflow_sglang.planner.policies import Policy
 from orbitflow_sglang.residency.store import NO_PAGES, LayerPass, ResidencyStore, Step
 
@@ -56,6 +57,14 @@ class Counters:
     failed_idle_checks: int = 0
 
 
+@dataclass(frozen=True)
+class ProfileOrigin:
+    """Where the cost profile is from."""
+
+    source: str  # file, cache or measured
+    seconds: float  # that it took to get
+
+
 class Runtime:
     """One rank's OrbitFlow. The scheduler's thread owns it."""
 
@@ -64,6 +73,8 @@ class Runtime:
     def __init__(self, store: ResidencyStore, placer: Placer) -> None:
         self.store = store
         self.placer = placer
+        self.profile: Profile | None = None
+        self.profile_origin: ProfileOrigin | None = None
         self.counters = Counters()
         self.decode_batch_sizes: Counter[int] = Counter()
         self.req_to_token = np.zeros((0, 0), dtype=np.int32)
@@ -77,6 +88,14 @@ class Runtime:
     def set_policy(self, policy: Policy) -> None:
         """Place by another policy from the next step on."""
         self.placer = PolicyPlacer(self.store, policy)
+
+    def start_over(self) -> None:
+        """Forget what was done so far: it was not for any request. All pages must be free."""
+        self.store.renew()
+        self.counters = Counters()
+        self.decode_batch_sizes.clear()
+        self.placer.reset()
+        self._checked_at = None
 
     # --- one step -------------------------------------------------------------
 

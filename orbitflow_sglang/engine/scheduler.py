@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from sglang.srt.managers.scheduler import Scheduler
 
-from orbitflow_sglang.engine import compat, hooks
+from orbitflow_sglang.config import OrbitFlowConfig
+from orbitflow_sglang.engine import calibration, compat, hooks
 from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
 from orbitflow_sglang.engine.launcher import HANDSHAKE
 from orbitflow_sglang.engine.placement import LiveRequest
@@ -65,6 +66,10 @@ def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:
     runtime.cached_pages = lambda: np.unique(
         scheduler.tree_cache.all_values_flatten().numpy() // size
     )
+    config = OrbitFlowConfig.from_env()
+    assert config is not None
+    if config.policy_spec.spills:
+        calibration.load_or_calibrate(scheduler, runtime, config)
     if os.environ.get(hooks.TEST_CONTROL_ENV):
         hooks.verify(hooks.TEST_CONTROL)
     return {**info, HANDSHAKE: True}

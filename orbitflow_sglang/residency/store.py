@@ -117,6 +117,19 @@ class ResidencyStore:
         self.free(self.table.pages_in_use())
         self.quiesce()
 
+    def renew(self) -> None:
+        """As built: pages are handed out in the first order again, nothing was ever moved.
+
+        Raises ``ResidencyError`` while a page is in use.
+        """
+        self.quiesce()
+        if len(self.table.pages_in_use()):
+            raise ResidencyError("the store can only be renewed when all its pages are free")
+        self.arena.reset()
+        self.host.reset()
+        self.reserve_pages = 0
+        self.engine.forget()
+
     # --- one step -------------------------------------------------------------
 
     def begin_uniform(self, pages: np.ndarray, new_pages: np.ndarray) -> np.ndarray | None:

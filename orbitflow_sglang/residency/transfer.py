@@ -90,6 +90,10 @@ class TransferEngine(ABC):
         """Return when nothing is under way; raises if the last copy of a direction failed."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Count from zero again; nothing may be under way."""
+
+    @abstractmethod
     def close(self) -> None:
         """Stop; copies still queued are completed first."""
 
@@ -158,6 +162,10 @@ class ThreadTransferEngine(TransferEngine):
     def drain(self) -> None:
         self._h2d.drain()
         self._d2h.drain()
+
+    def forget(self) -> None:
+        self._h2d.stats = LinkStats()
+        self._d2h.stats = LinkStats()
 
     def close(self) -> None:
         self._h2d.close()

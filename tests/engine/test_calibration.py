@@ -1,0 +1,153 @@
+"""The cost profile is measured on the engine at start, kept, given, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from servers import CONCURRENCY, Stock, assert_nothing_is_left, orbitflow_args
+
+from eval.client import Request
+from eval.server import Server, ServerFailed
+from orbitflow_sglang.planner.cost_model import ComputeModel, Profile, TransferModel
+
+LINK_GB_PER_S = 0.05
+SIZES = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
+SLOW_LINK = (*SIZES, "--orbitflow-emulated-link-gb-per-s", str(LINK_GB_PER_S))
+WANTED = [
+    Request("short", tuple(range(100, 130)), max_new_tokens=24),
+    Request("longer", tuple(range(1, 400)), max_new_tokens=24),
+]
+
+PROFILE = Profile(  # of the tiny Llama with 8 layers, pages of 16 tokens, float32
+    model="given",
+    device="by hand",
+    page_bytes=16_384,
+    compute=ComputeModel(8, 1.25e-3, 1e-4, 1e-7, 1.0),
+    h2d=TransferModel(1e-5, 1e-5, 1.0),
+    d2h=TransferModel(1e-5, 1e-5, 1.0),
+    prefill_tokens_per_s=4321.0,
+)
+
+
+def server(cache: Path, *extra: str, policy: str = "static:1") -> Server:
+    args = orbitflow_args("llama", "--orbitflow-policy", policy, *extra)
+    return Server(args, env={"ORBITFLOW_CACHE_DIR": str(cache)})
+
+
+def state_of(running: Server) -> dict[str, Any]:
+    (state,) = running.orbitflow()
+    assert state is not None
+    return state
+
+
+def assert_sensible(profile: Mapping[str, Any]) -> None:
+    compute = profile["compute"]
+    assert compute["layers"] == 8
+    for name in ("constant_s", "per_request_s", "per_token_s"):
+        assert compute[name] >= 0, name
+    step_s = 8 * (compute["constant_s"] + compute["per_request_s"] + 1000 * compute["per_token_s"])
+    assert step_s > 1e-4, "no CPU is that fast"
+    assert compute["r2"] <= 1
+    assert profile["prefill_tokens_per_s"] > 0
+    for link in ("h2d", "d2h"):
+        assert profile[link]["setup_s"] >= 0
+        # An emulated link never is faster than its rate; how much slower depends on the machine.
+        assert 0 < profile[link]["bytes_per_s"] <= LINK_GB_PER_S * 1e9 * 1.02
+
+
+def test_costs_are_measured_once_and_nothing_is_left_of_it(stock: Stock, tmp_path: Path) -> None:
+    with server(tmp_path, *SLOW_LINK) as running:
+        fresh = state_of(running)
+        for place in ("arena", "ring", "host"):
+            assert fresh[place]["free"] == fresh[place]["pages"], (place, fresh)
+        assert fresh["h2d"]["bytes"] == fresh["d2h"]["bytes"] == 0
+        assert fresh["failed_idle_checks"] == 0
+        assert fresh["policy"] == "static:1"
+        answers = running.generate_many(WANTED, CONCURRENCY)
+        assert_nothing_is_left(running)
+    measured = fresh["profile"]
+    assert measured["source"] == "measured"
+    assert measured["seconds"] > 0
+    assert_sensible(measured)
+    expected = stock.answers("llama", WANTED)
+    assert [a.output_ids for a in answers] == [e.output_ids for e in expected]
+
+    (kept,) = tmp_path.iterdir()
+    before = kept.read_bytes()
+    with server(tmp_path, *SLOW_LINK) as running:
+        again = state_of(running)["profile"]
+    assert again.pop("source") == "cache"
+    for profile in (again, measured):
+        profile.pop("seconds")
+    measured.pop("source")
+    assert again == measured
+    assert kept.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("page_size", ["1", "64"])
+def test_costs_are_measured_with_small_and_large_pages(tmp_path: Path, page_size: str) -> None:
+    with server(tmp_path, *SLOW_LINK, "--page-size", page_size, policy="all-host") as running:
+        state = state_of(running)
+        assert state["profile"]["source"] == "measured"
+        assert_sensible(state["profile"])
+        running.generate_many(WANTED, CONCURRENCY)
+        assert_nothing_is_left(running)
+
+
+def test_without_a_host_store_no_plan_counts_on_the_link(tmp_path: Path) -> None:
+    sizes = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0")
+    with server(tmp_path, *sizes) as running:
+        profile = state_of(running)["profile"]
+        assert profile["compute"]["per_request_s"] >= 0
+        page_s = 16_384 / profile["h2d"]["bytes_per_s"]
+        assert page_s == pytest.approx(1), "far more than a step takes"
+
+
+@pytest.mark.parametrize("policy", ["resident", "static:1"])
+def test_what_never_plans_measures_nothing_and_a_given_file_is_used(
+    tmp_path: Path, policy: str
+) -> None:
+    folder = tmp_path / "cache"
+    given = tmp_path / "given.json"
+    given.write_bytes(PROFILE.dump())
+    with server(folder, *SIZES, "--orbitflow-profile", str(given), policy=policy) as running:
+        profile = state_of(running)["profile"]
+    assert not folder.exists()
+    if policy == "resident":
+        assert profile is None
+    else:
+        assert profile["source"] == "file"
+        assert profile["compute"]["constant_s"] == PROFILE.compute.constant_s
+        assert profile["prefill_tokens_per_s"] == PROFILE.prefill_tokens_per_s
+
+
+def test_a_profile_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
+    of_other_model = orjson.loads(PROFILE.dump())
+    of_other_model["compute"]["layers"] = 12
+    of_other_pages = orjson.loads(PROFILE.dump())
+    of_other_pages["page_bytes"] = 4096
+    path = tmp_path / "profile.json"
+    for values, reason in (
+        (of_other_model, "it is of a model with 12 layers, and this one has 8"),
+        (of_other_pages, "its pages have 4096 bytes, and here they have 16384"),
+    ):
+        path.write_bytes(orjson.dumps(values))
+        running = server(tmp_path, *SIZES, "--orbitflow-profile", str(path))
+        with pytest.raises(ServerFailed) as caught:
+            running.start()
+        assert f"--orbitflow-profile {path}: {reason}: give a profile" in str(caught.value)
+        if values is of_other_model:
+            assert "Traceback" not in running.log.read_text(), "known before any process starts"
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with server(blocked, *SLOW_LINK) as running:
+        assert state_of(running)["profile"]["source"] == "measured"
+        assert "cannot keep its cost profile" in running.log.read_text()
