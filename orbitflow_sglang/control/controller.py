@@ -78,6 +78,7 @@ class Controller:
         self.planning = Planning(machine, spec.mode, worker)
         self.reasons: deque[str] = deque(maxlen=REMEMBERED_REASONS)
         self.counts: Counter[str] = Counter()
+        self.hidden_pages = 0.0  # h as last computed
         self.budget_pages = 0  # S_max as last computed
         self.streamed_pages = 0  # of the plan in force
         self._returning: dict[str, None] = {}
@@ -185,6 +186,7 @@ class Controller:
         context = sum(view.tokens for view in scene.decoding)
         scene.step_s = max(1e-6, self.costs.compute_s(max(1, len(scene.decoding)), context))
         scene.hidden_pages = scene.step_s / max(1e-12, self.costs.page_transfer_s)
+        self.hidden_pages = scene.hidden_pages
         scene.mu = self._mu(scene)
         rho = scene.hidden_pages / machine.main_pages
         aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
@@ -338,7 +340,7 @@ class Controller:
             view = next(v for v in scene.waiting if v.rid == wants.rid)
             size, layers = self.machine.page_size, self.machine.layers
             wanted += view.max_new_tokens // size * layers
-        if wants.paused and self.spec.victim == "newest" and not self.spec.rules:
+        if wants.paused:
             wanted += self.machine.layers * running  # so that it is not set aside again at once
         committed = None
         if self.spec.has("admission") and self.spec.has("pause") and not wants.paused:

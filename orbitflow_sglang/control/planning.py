@@ -41,7 +41,7 @@ class Planning:
         self.sources: Counter[str] = Counter()
         self._machine = machine
         self._mode = mode
-        self._worker = worker
+        self.worker = worker
         self._number: int | None = None  # of the plan in force, to the worker
         self._steps = 0  # since it was adopted
 
@@ -98,14 +98,14 @@ class Planning:
 
     def ask(self, problem: PlanningProblem) -> Plan:
         """A plan for ``problem`` now; the worker is asked for a better one."""
-        if self._worker is not None:
-            self._worker.submit(problem, self._number, self._steps)
+        if self.worker is not None:
+            self.worker.submit(problem, self._number, self._steps)
         return self._adopt(problem, None)
 
     def news(self, problem: PlanningProblem) -> Plan | None:
         """The worker's plan made to fit ``problem``, if one has come and differs."""
         self._steps += 1
-        answer = None if self._worker is None else self._worker.poll()
+        answer = None if self.worker is None else self.worker.poll()
         if answer is None or answer.plan is self.plan:
             return None
         return self._adopt(problem, answer)
@@ -113,7 +113,7 @@ class Planning:
     @property
     def busy(self) -> bool:
         """Whether an answer is outstanding."""
-        return self._worker is not None and self._worker.busy
+        return self.worker is not None and self.worker.busy
 
     def forget(self) -> None:
         """Everything is on the device: no plan is in force."""

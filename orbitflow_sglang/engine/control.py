@@ -7,25 +7,40 @@ controller decides. While it decides nothing, a step costs one look at each requ
 from __future__ import annotations
 
 import logging
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+from orbitflow_sglang.config import OrbitFlowConfig, flag
 from orbitflow_sglang.control.controller import Controller
 from orbitflow_sglang.control.feedback import Feedback
-from orbitflow_sglang.control.view import NOTHING, Observation, RequestView, StepDecision, UnitView
-from orbitflow_sglang.engine import pausing
+from orbitflow_sglang.control.view import (
+    NOTHING,
+    Machine,
+    Observation,
+    RequestView,
+    StepDecision,
+    UnitView,
+)
+from orbitflow_sglang.engine import memory, pausing
 from orbitflow_sglang.engine.pausing import Paused
 from orbitflow_sglang.engine.placement import LiveRequest, PlanPlacer, units_of
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.planner.worker import PlannerWorker
 from orbitflow_sglang.slo import SLO, SLOError, request_slo
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_SLO_SCALE = 2.0
+LEAST_TTFT_S = 1.0
+TYPICAL_TOKENS = 1024
+MAX_REASONS = 16  # the last ones are shown
 
 
 @dataclass
@@ -53,17 +68,20 @@ class SchedulerControl:
         controller: Controller,
         feedback: Feedback,
         default_slo: SLO,
+        slo_is_assumed: bool,
     ) -> None:
         assert isinstance(runtime.placer, PlanPlacer)
         self.controller = controller
         self.feedback = feedback
         self.default_slo = default_slo
+        self.slo_is_assumed = slo_is_assumed
         self.views: dict[str, RequestView] = {}
         self.paused: dict[str, Paused] = {}
         self.decision: StepDecision = NOTHING
         self.force: Callable[[Observation, StepDecision], StepDecision] | None = None  # tests only
         self.counts: Counter[str] = Counter()
-        self.step_errors: list[float] = []  # measured / predicted of the last decode steps
+        self.step_ratios: deque[float] = deque(maxlen=256)  # measured / predicted, decode steps
+        self.longest_pause_s = 0.0
         self._scheduler = scheduler
         self._runtime = runtime
         self._placer = runtime.placer
@@ -84,13 +102,19 @@ class SchedulerControl:
             if (paused := self.paused.pop(rid, None)) is not None:
                 running = pausing.put_back(running, paused)
                 view = self.views[rid]
-                view.phase, view.paused_s, view.missing_pages = "decode", None, 0
+                self._end_of_pause(view)
                 self.counts["resumes"] += 1
         if decision is not NOTHING or self._placer.spills:
             away = {*self.paused, *decision.pause} - {*decision.fetch}
             live = self._live()
             self._placer.adopt(decision, away, live, self._pages(live))
         return running
+
+    def _end_of_pause(self, view: RequestView) -> None:
+        if view.paused_s is not None:
+            lasted = time.perf_counter() - view.paused_s
+            self.longest_pause_s = max(self.longest_pause_s, lasted)
+        view.phase, view.paused_s, view.missing_pages = "decode", None, 0
 
     def pause(self, running: ScheduleBatch) -> None:
         """Set aside whom the decision names, once finished prefills are merged."""
@@ -177,7 +201,7 @@ class SchedulerControl:
                 step.new_tokens, max(1e-6, seconds - stall), step.context_tokens
             )
             return
-        self.step_errors = [*self.step_errors[-255:], seconds / max(1e-9, step.predicted_s)]
+        self.step_ratios.append(seconds / max(1e-9, step.predicted_s))
         self.feedback.decode_step(step.batch, step.context_tokens, seconds, stall)
         if self.feedback.take_drift():
             self.controller.drifted()
@@ -210,15 +234,38 @@ class SchedulerControl:
         for rid in list(self.paused):
             paused = self.paused.pop(rid)
             self._scheduler.running_batch = pausing.put_back(self._scheduler.running_batch, paused)
-            self.views[rid].phase = "decode"
+            self._end_of_pause(self.views[rid])
 
-    def live(self, batch: ScheduleBatch) -> list[LiveRequest]:
-        """Paused requests, as the runtime is to know them beside those of ``batch``."""
+    def live_paused(self) -> list[LiveRequest]:
+        """Paused requests, as the runtime is to know them beside those that run."""
         return [
             LiveRequest(rid, p.req.kv.req_pool_idx, p.req.kv.kv_allocated_len, paused=True)
             for rid, p in self.paused.items()
             if p.req.kv.holds_kv
         ]
+
+    def describe(self) -> dict[str, Any]:
+        """What the controller is at, as JSON values. Times in seconds."""
+        controller, slo = self.controller, self.default_slo
+        planner: Any = controller.planning.worker
+        return {
+            "rules": sorted(controller.spec.rules),
+            "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "tbt_s": slo.tbt_s},
+            "slo_is_assumed": self.slo_is_assumed,
+            "hidden_pages": int(controller.hidden_pages),
+            "budget_pages": controller.budget_pages,
+            "streamed_pages": controller.streamed_pages,
+            "paused": len(self.paused),
+            "returning": len(self.decision.fetch),
+            "pauses": self.counts["pauses"],
+            "pauses_missed": self.counts["pauses_missed"],
+            "resumes": self.counts["resumes"],
+            "longest_pause_s": self.longest_pause_s,
+            "plans": dict(controller.planning.sources),
+            "planner": {} if planner is None else dict(planner.counts),
+            "step_ratio": statistics.median(self.step_ratios) if self.step_ratios else None,
+            "reasons": list(controller.reasons)[-MAX_REASONS:],
+        }
 
     # --- inside -----------------------------------------------------------------
 
@@ -316,3 +363,48 @@ class SchedulerControl:
         store = self._runtime.store
         found = units_of(live, self._pages(live), len(store.table.in_use), store.layout.page_size)
         return [unit for unit, _ in found]
+
+
+def build_control(scheduler: Any, runtime: Runtime, config: OrbitFlowConfig) -> SchedulerControl:
+    """The control of a scheduler that is about to serve, its planner's process started."""
+    spec, profile = config.policy_spec, runtime.profile
+    assert profile is not None
+    capacity, layout = runtime.store.capacity, runtime.store.layout
+    running = scheduler.max_running_requests
+    machine = Machine(
+        layers=layout.layers,
+        page_size=layout.page_size,
+        main_pages=capacity.main_pages,
+        ring_pages=capacity.ring_pages,
+        host_pages=capacity.host_pages,
+        max_running=running,
+        max_paused=memory.max_paused(config, running),
+        max_chunk_tokens=scheduler.chunked_prefill_size,
+    )
+    feedback = Feedback(profile, enabled=spec.has("feedback"))
+    worker = PlannerWorker() if spec.streaming != "none" else None
+    controller = Controller(spec, machine, feedback, worker)
+    slo, assumed = _default_slo(config, feedback, machine)
+    return SchedulerControl(scheduler, runtime, controller, feedback, slo, assumed)
+
+
+def _default_slo(config: OrbitFlowConfig, feedback: Feedback, machine: Machine) -> tuple[SLO, bool]:
+    """Targets of requests that give none, and whether they are only assumed.
+
+    A multiple of the step with the arena full and everything resident, and of the unloaded
+    prefill of a prompt of ``TYPICAL_TOKENS``.
+    """
+    given = config.given_slo
+    if given.ttft_s or given.pace_s:
+        return given, False
+    scale = DEFAULT_SLO_SCALE if config.slo_scale is None else config.slo_scale
+    tokens = machine.main_pages // machine.layers * machine.page_size
+    batch = max(1, min(machine.max_running, tokens // TYPICAL_TOKENS))
+    tpot = scale * feedback.compute_s(batch, tokens)
+    ttft = max(LEAST_TTFT_S, scale * feedback.prefill_s(min(tokens, TYPICAL_TOKENS)))
+    slo = replace(given, ttft_s=ttft, tpot_s=tpot)
+    logger.info(
+        "OrbitFlow assumes TTFT %.2f s and TPOT %.4f s as targets (%s, %s)",
+        ttft, tpot, flag("slo_scale"), flag("tpot_slo_ms"),
+    )  # fmt: skip
+    return slo, config.slo_scale is None

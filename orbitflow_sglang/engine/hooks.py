@@ -24,6 +24,7 @@ _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 )
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
 
@@ -67,7 +68,20 @@ SCHEDULER = (
         HookType.AROUND,
         "memory:build_allocator",
     ),
+    Hook(
+        f"{_CONFIGURATOR}._build_req_to_token_pool", HookType.BEFORE, "memory:add_rows_for_paused"
+    ),
     Hook(f"{_SCHEDULER}.run_batch", HookType.AROUND, "scheduler:run_batch"),
+    Hook(f"{_SCHEDULER}.get_next_batch_to_run", HookType.AROUND, "scheduler:choose_next_batch"),
+    Hook(f"{_SCHEDULER}._should_defer_prefill", HookType.AROUND, "scheduler:defer_prefill"),
+    Hook(f"{_SCHEDULER}.get_new_batch_prefill", HookType.AROUND, "scheduler:choose_prefill"),
+    Hook(f"{_SCHEDULER}.is_fully_idle", HookType.AFTER, "scheduler:is_fully_idle"),
+    Hook(f"{_SCHEDULER}.collect_inflight_reqs", HookType.AFTER, "scheduler:collect_inflight"),
+    Hook(f"{_SCHEDULER}._collect_inflight_batches", HookType.AFTER, "scheduler:inflight_batches"),
+    Hook(f"{_SCHEDULER}.abort_request", HookType.AFTER, "scheduler:abort_request"),
+    Hook(f"{_SCHEDULER}.pause_generation", HookType.BEFORE, "scheduler:pause_generation"),
+    Hook(f"{_SCHEDULER}.on_idle", HookType.BEFORE, "scheduler:on_idle"),
+    Hook(f"{_STREAMER}.stream_output", HookType.BEFORE, "scheduler:stream_output"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "inspection:log_stats"),

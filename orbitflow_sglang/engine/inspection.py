@@ -56,6 +56,7 @@ def describe(runtime: Runtime, live: list[LiveRequest]) -> dict[str, Any]:
         "failed_idle_checks": counters.failed_idle_checks,
         "decode_batch_sizes": {str(k): n for k, n in sorted(runtime.decode_batch_sizes.items())},
         "profile": _profile(runtime),
+        "control": None if runtime.control is None else runtime.control.describe(),
         "num_requests": len(live),
         "requests": [_request(runtime, request) for request in listed],
     }

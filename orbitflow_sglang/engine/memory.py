@@ -53,6 +53,22 @@ def resolve_max_num_reqs(
     return max(1, min(result, _capacity.main_pages // layers - 1))
 
 
+def add_rows_for_paused(
+    configurator: KVCacheConfigurator, *, max_num_reqs: int
+) -> tuple[tuple[KVCacheConfigurator], dict[str, int]]:
+    """Before ``_build_req_to_token_pool``: paused requests have rows of their own."""
+    config = OrbitFlowConfig.from_env()
+    assert config is not None
+    return (configurator,), {"max_num_reqs": max_num_reqs + max_paused(config, max_num_reqs)}
+
+
+def max_paused(config: OrbitFlowConfig, max_running: int) -> int:
+    """Requests that may be paused beside ``max_running`` that decode together."""
+    if config.policy_spec.overflow != "pause" or config.policy_spec.placing is not None:
+        return 0
+    return max_running if config.max_paused is None else config.max_paused
+
+
 def resolve_pool_class(
     original: Callable[..., type], configurator: KVCacheConfigurator, *, kind: str, default: type
 ) -> type:

@@ -14,7 +14,8 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from orbitflow_sglang.engine.runtime import LiveRequest, Runtime
+from orbitflow_sglang.engine.placement import LiveRequest
+from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.planner.measuring import DecodePoint
 from orbitflow_sglang.planner.policies import Resident
 
@@ -42,7 +43,7 @@ class Probe:
         self._runtime = runtime
         self._worker = scheduler.tp_worker
         self._device = self._worker.model_runner.device
-        self._policy = runtime.policy
+        self._placer = runtime.placer
         self._random = np.random.default_rng(0)  # the same prompts on every rank
 
     def __enter__(self) -> Self:
@@ -57,7 +58,7 @@ class Probe:
     ) -> None:
         self.release()
         self._runtime.live = list
-        self._runtime.set_policy(self._policy)
+        self._runtime.placer = self._placer
         self._runtime.start_over()
 
     def release(self) -> None:

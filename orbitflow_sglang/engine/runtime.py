@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ class Runtime:
     def __init__(self, store: ResidencyStore, placer: Placer) -> None:
         self.store = store
         self.placer = placer
+        self.control: Any = None  # engine.control.SchedulerControl, where there is a controller
         self.profile: Profile | None = None
         self.profile_origin: ProfileOrigin | None = None
         self.counters = Counters()

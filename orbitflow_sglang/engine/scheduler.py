@@ -12,6 +12,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from orbitflow_sglang.config import OrbitFlowConfig
 from orbitflow_sglang.engine import calibration, compat, hooks
 from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
+from orbitflow_sglang.engine.control import SchedulerControl, build_control
 from orbitflow_sglang.engine.launcher import HANDSHAKE
 from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
@@ -23,16 +24,109 @@ def runtime_of(scheduler: Scheduler) -> Runtime:
     return scheduler.token_to_kv_pool_allocator.get_kvcache().runtime
 
 
+def control_of(scheduler: Scheduler) -> SchedulerControl | None:
+    """The controller's hands in a scheduler; None where a policy only places layers."""
+    control: SchedulerControl | None = runtime_of(scheduler).control
+    return control
+
+
 def run_batch(
     original: Callable[..., Any], scheduler: Scheduler, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Around ``Scheduler.run_batch``: one step, which begins when attention is prepared."""
     runtime = runtime_of(scheduler)
     runtime.live = lambda: live_requests(scheduler, batch)
+    if runtime.control is not None:
+        runtime.control.launch(batch)
     try:
         return original(scheduler, batch, *args, **kwargs)
     finally:
         runtime.end()
+
+
+# --- what the controller decides ----------------------------------------------
+
+
+def choose_next_batch(
+    original: Callable[..., Any], scheduler: Scheduler, running_batch: Any, last_batch: Any
+) -> Any:
+    """Around ``get_next_batch_to_run``: the decision comes first, and resumed requests."""
+    control = control_of(scheduler)
+    if control is not None:
+        running_batch = control.before(running_batch, last_batch)
+    return original(scheduler, running_batch=running_batch, last_batch=last_batch)
+
+
+def defer_prefill(original: Callable[..., bool], scheduler: Scheduler, running_batch: Any) -> bool:
+    """Around ``_should_defer_prefill``, where finished prefills have been merged: pauses, and
+    decode steps ahead of waiting prompts."""
+    control = control_of(scheduler)
+    if control is not None:
+        control.pause(running_batch)
+        if control.defers_prefill(running_batch):
+            return True
+    return original(scheduler, running_batch)
+
+
+def choose_prefill(original: Callable[..., Any], scheduler: Scheduler, running_batch: Any) -> Any:
+    """Around ``get_new_batch_prefill``: who may start, in which order, and by how much."""
+    control = control_of(scheduler)
+    if control is None:
+        return original(scheduler, running_batch)
+    return control.prefill_batch(lambda: original(scheduler, running_batch))
+
+
+def stream_output(streamer: Any, reqs: list[Any], *args: Any, **kwargs: Any) -> None:
+    """Before ``stream_output``: when tokens leave the scheduler."""
+    runtime = Runtime.current
+    if runtime is not None and runtime.control is not None:
+        runtime.control.streaming_out(reqs)
+
+
+# --- paused requests are requests ---------------------------------------------
+
+
+def is_fully_idle(idle: bool, scheduler: Scheduler, *args: Any, **kwargs: Any) -> bool:
+    """After ``is_fully_idle``: not while somebody is paused."""
+    control = control_of(scheduler)
+    return idle and (control is None or not control.paused)
+
+
+def collect_inflight(found: set[Any], scheduler: Scheduler) -> set[Any]:
+    """After ``collect_inflight_reqs``: with those paused."""
+    control = control_of(scheduler)
+    if control is None or not control.paused:
+        return found
+    return found | {paused.req for paused in control.paused.values()}
+
+
+def inflight_batches(found: list[Any], scheduler: Scheduler) -> list[Any]:
+    """After ``_collect_inflight_batches``, which looks for requests that run too long."""
+    control = control_of(scheduler)
+    if control is None or not control.paused:
+        return found
+    return [*found, *(paused.batch for paused in control.paused.values())]
+
+
+def abort_request(result: None, scheduler: Scheduler, recv_req: Any) -> None:
+    """After ``abort_request``: paused requests need no last step to end."""
+    control = control_of(scheduler)
+    if control is not None:
+        control.abort(recv_req.rid, recv_req.abort_all)
+
+
+def pause_generation(scheduler: Scheduler, recv_req: Any) -> None:
+    """Before ``pause_generation``, which retracts what it finds in the running batch."""
+    control = control_of(scheduler)
+    if control is not None and recv_req.mode != "in_place":
+        control.resume_all()
+
+
+def on_idle(scheduler: Scheduler) -> None:
+    """Before ``on_idle``: no step is being timed."""
+    control = control_of(scheduler)
+    if control is not None:
+        control.idle()
 
 
 def live_requests(scheduler: Scheduler, batch: Any) -> list[LiveRequest]:
@@ -43,11 +137,13 @@ def live_requests(scheduler: Scheduler, batch: Any) -> list[LiveRequest]:
             holders.extend(other.reqs)
     if scheduler.chunked_req is not None:
         holders.append(scheduler.chunked_req)
+    control = control_of(scheduler)
+    paused = {} if control is None else control.paused
     return [
         LiveRequest(req.rid, req.kv.req_pool_idx, req.kv.kv_allocated_len)
         for req in {id(req): req for req in holders}.values()
-        if req.kv.holds_kv
-    ]
+        if req.kv.holds_kv and req.rid not in paused
+    ] + ([] if control is None else control.live_paused())
 
 
 def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:
@@ -68,8 +164,11 @@ def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:
     )
     config = OrbitFlowConfig.from_env()
     assert config is not None
-    if config.policy_spec.spills:
+    spec = config.policy_spec
+    if spec.spills or spec.placing is None:
         calibration.load_or_calibrate(scheduler, runtime, config)
+    if spec.placing is None:
+        runtime.control = build_control(scheduler, runtime, config)
     if os.environ.get(hooks.TEST_CONTROL_ENV):
         hooks.verify(hooks.TEST_CONTROL)
     return {**info, HANDSHAKE: True}

@@ -4,11 +4,14 @@ Only there when the environment variable ``ORBITFLOW_TEST_CONTROL`` holds a
 comma-separated list of policies. ``{"orbitflow_policy": i}`` places by the i-th of
 them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host copies of
 the next n steps' first offloaded page, which must turn an identity test red.
+``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
 """
 
 from __future__ import annotations
 
 import os
+import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from sglang.srt.managers.scheduler_components.internal_state import (
     _UpdateHandler,
 )
 
+from orbitflow_sglang.control.view import Observation, StepDecision
 from orbitflow_sglang.engine.hooks import TEST_CONTROL_ENV
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.engine.scheduler import runtime_of
@@ -39,8 +43,12 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
     def corrupt(key: str, value: Any) -> None:
         runtime.before_step = _Corruption(int(value))
 
+    def pause(key: str, value: Any) -> None:
+        runtime.control.force = _ForcedPauses(int(value)) if int(value) else None
+
     return {
         **handlers,
+        "orbitflow_pause": _UpdateHandler(validate, pause),
         "orbitflow_policy": _UpdateHandler(validate, set_policy),
         "orbitflow_corrupt": _UpdateHandler(validate, corrupt),
     }
@@ -58,3 +66,29 @@ class _Corruption:
             page = int(store.table.host_page[layers[0], pages[0]])
             store.host.k[page].add_(1)
             store.host.v[page].add_(1)
+
+
+class _ForcedPauses:
+    """Adds pauses to the controller's decisions until each request has had its share."""
+
+    def __init__(self, times: int) -> None:
+        self._times = times
+
+    def __call__(self, observation: Observation, decision: StepDecision) -> StepDecision:
+        due = [
+            view.rid
+            for view in observation.requests
+            if view.phase == "decode"
+            and view.pausable
+            and view.pauses < self._times
+            and view.generated > self._place(view.rid, view.pauses)
+            and view.rid not in decision.resume
+        ]
+        if not due:
+            return decision
+        pause = tuple(dict.fromkeys([*decision.pause, *due]))
+        return replace(decision, pause=pause)
+
+    @staticmethod
+    def _place(rid: str, pauses: int) -> int:
+        return 6 * pauses + random.Random(f"{rid}-{pauses}").randint(1, 5)
