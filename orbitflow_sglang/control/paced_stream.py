@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,10 @@ class _Deposit:
 
     async def _fetch(self) -> None:
         try:
-            async for chunk in self._source:
-                self._keep(chunk)
-                self.changed.set()
+            async with aclosing(self._source):
+                async for chunk in self._source:
+                    self._keep(chunk)
+                    self.changed.set()
         except Exception as error:  # raised again where the chunks are passed on
             self.error = error
         finally:
@@ -117,12 +118,13 @@ class _Deposit:
         return taken if self._incremental else taken[-1:]
 
     async def close(self) -> None:
-        """Ends the task, and then the source: two may not read it at once."""
+        """Ends the task, which closes the source, as nobody else may while it reads.
+
+        A server cancels a reader again and again until it is gone. That may end the wait
+        here, but not the task.
+        """
         self._task.cancel()
-        try:
-            await asyncio.wait([self._task])
-        finally:
-            await self._source.aclose()
+        await asyncio.wait([self._task])
 
 
 def tokens_so_far(chunk: Chunk, before: int, incremental: bool) -> int:

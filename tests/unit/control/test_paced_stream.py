@@ -234,9 +234,11 @@ def test_cancelling_the_reader_ends_the_source(after_s: float) -> None:
         source = Source(FAST)
         reader = asyncio.create_task(read(loop, source, PACED))
         await asyncio.sleep(after_s)
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reader
+        while not reader.done():  # more than once: web servers do so, too
+            reader.cancel()
+            await asyncio.sleep(0)
+        assert reader.cancelled()
+        await asyncio.sleep(0)
         assert source.closed
         assert len(source.output_ids) < 30
 
