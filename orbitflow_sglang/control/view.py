@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from orbitflow_sglang.control.deposit import TokenTimes
 from orbitflow_sglang.planner.problem import IntArray
 from orbitflow_sglang.slo import SLO
 
@@ -24,13 +25,29 @@ class RequestView:
     pausable: bool = True
     phase: Phase = "waiting"
     tokens: int = 0  # with KV
-    generated: int = 0
-    first_token_s: float | None = None
-    last_token_s: float | None = None
+    times: TokenTimes = field(init=False)  # of tokens as they left the scheduler
     paused_s: float | None = None  # since when
     settled: bool = True  # paused: its last step is over, so that it may come back
     missing_pages: int = 0  # paused: to fetch before it decodes, for those coming back only
     pauses: int = 0
+
+    def __post_init__(self) -> None:
+        self.times = TokenTimes(self.arrival_s, self.slo)
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far."""
+        return self.times.tokens
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When token 1 left the scheduler."""
+        return self.times.first_s
+
+    @property
+    def last_token_s(self) -> float | None:
+        """When the last token left the scheduler."""
+        return None if self.times.first_s is None else self.times.last_s
 
     def deposit_s(self, now: float) -> float:
         """How long the client can be served from what was generated; negative: behind."""

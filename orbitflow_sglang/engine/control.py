@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SLO_SCALE = 2.0
 LEAST_TTFT_S = 1.0
 TYPICAL_TOKENS = 1024
+META_KEY = "orbitflow"  # see engine.streaming
 MAX_REASONS = 16  # the last ones are shown
 
 
@@ -213,12 +214,24 @@ class SchedulerControl:
             view = self.views.get(req.rid)
             if view is None:
                 continue
-            generated = len(req.output_ids)
-            if generated > view.generated:
-                view.generated = generated
-                view.last_token_s = now
-                if view.first_token_s is None:
-                    view.first_token_s = now
+            first = view.times.first_s is None
+            view.times.add(now, len(req.output_ids) - view.generated)
+            if first:
+                self._report(req, {"slo": self._targets(view.slo)})
+            if req.finished() and not req.finished_output:
+                times = view.times
+                pauses = {"pauses": view.pauses, "deposit_tokens": times.deposit_tokens}
+                self._report(req, {"generated": times.report(), **pauses})
+
+    def _targets(self, slo: SLO) -> dict[str, Any]:
+        assumed = self.slo_is_assumed and slo.pace_s == self.default_slo.pace_s
+        return {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "tbt_s": slo.tbt_s, "assumed": assumed}
+
+    @staticmethod
+    def _report(req: Req, part: dict[str, Any]) -> None:
+        """For ``meta_info``, by way of what SGLang sends along with every output."""
+        known: dict[str, Any] = getattr(req.time_stats, META_KEY, {})
+        setattr(req.time_stats, META_KEY, known | part)
 
     # --- everything that enumerates requests -----------------------------------
 

@@ -25,12 +25,14 @@ _INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 )
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_OPENAI = "sglang.srt.entrypoints.openai"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
 
 @dataclass(frozen=True)
 class Hook:
-    """``function``, a name in ``orbitflow_sglang.engine``, around or after ``target``."""
+    """``function``, a name in ``orbitflow_sglang.engine``, around, before or after ``target``."""
 
     target: str
     kind: HookType
@@ -57,6 +59,28 @@ LAUNCHER = (
         HookType.AFTER,
         "launcher:check_handshake",
     ),
+    Hook(
+        "sglang.srt.entrypoints.api_contract.generate_contract_error",
+        HookType.AFTER,
+        "requests:generate_contract_error",
+    ),
+    Hook(
+        f"{_OPENAI}.serving_completions.OpenAIServingCompletion._validate_request",
+        HookType.AFTER,
+        "requests:validate_openai_request",
+    ),
+    Hook(
+        f"{_OPENAI}.serving_chat.OpenAIServingChat._validate_request",
+        HookType.AFTER,
+        "requests:validate_openai_request",
+    ),
+    Hook(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        HookType.BEFORE,
+        "requests:normalize_batch_and_arguments",
+    ),
+    Hook(f"{_TOKENIZER}._handle_batch_output", HookType.AROUND, "streaming:handle_batch_output"),
+    Hook(f"{_TOKENIZER}._stream_one_response", HookType.AROUND, "streaming:stream_one_response"),
 )
 # Wrapped in scheduler processes of a server with OrbitFlow.
 SCHEDULER = (
@@ -84,6 +108,11 @@ SCHEDULER = (
     Hook(f"{_STREAMER}.stream_output", HookType.BEFORE, "scheduler:stream_output"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),
+    Hook(
+        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__",
+        HookType.AFTER,
+        "streaming:time_stats_state",
+    ),
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "inspection:log_stats"),
 )
 # Only under ``TEST_CONTROL_ENV``.

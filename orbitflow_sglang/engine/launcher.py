@@ -70,7 +70,12 @@ def enable(wanted: config.OrbitFlowConfig, command_line: bool = False) -> None:
 
 
 def check_handshake(result: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``Engine._launch_subprocesses``: every scheduler must have said that it is hooked."""
+    """After ``Engine._launch_subprocesses``: launcher and schedulers must all be hooked."""
+    try:
+        hooks.verify(hooks.LAUNCHER)
+    except SystemExit:
+        kill_process_tree(os.getpid(), include_parent=False)
+        raise
     scheduler_infos = result[3].scheduler_infos
     if not all(info.get(HANDSHAKE) for info in scheduler_infos):
         kill_process_tree(os.getpid(), include_parent=False)

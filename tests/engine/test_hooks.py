@@ -26,8 +26,24 @@ ALWAYS = {
     "sglang.srt.server_args.ServerArgs.add_cli_args": "launcher.add_cli_args",
     "sglang.srt.server_args.ServerArgs.from_cli_args": "launcher.from_cli_args",
 }
+OPENAI = "sglang.srt.entrypoints.openai"
+TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 LAUNCHER = {
     "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": "launcher.check_handshake",
+    "sglang.srt.entrypoints.api_contract.generate_contract_error": (
+        "requests.generate_contract_error"
+    ),
+    f"{OPENAI}.serving_completions.OpenAIServingCompletion._validate_request": (
+        "requests.validate_openai_request"
+    ),
+    f"{OPENAI}.serving_chat.OpenAIServingChat._validate_request": (
+        "requests.validate_openai_request"
+    ),
+    "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments": (
+        "requests.normalize_batch_and_arguments"
+    ),
+    f"{TOKENIZER}._handle_batch_output": "streaming.handle_batch_output",
+    f"{TOKENIZER}._stream_one_response": "streaming.stream_one_response",
 }
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 INTERNAL_STATE = (
@@ -42,6 +58,9 @@ SCHEDULER = {
     "sglang.srt.managers.scheduler.Scheduler.run_batch": "scheduler.run_batch",
     "sglang.srt.managers.scheduler.Scheduler.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
+    "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
+        "streaming.time_stats_state"
+    ),
     f"{METRICS}.log_stats": "inspection.log_stats",
 }
 TEST_CONTROL = {f"{INTERNAL_STATE}._update_handlers": "test_control.update_handlers"}
