@@ -97,11 +97,13 @@ def report():
             "chains": {target: chain(target) for target in targets}}
 
 def chain(target):
-    module_name, class_name, name = target.rsplit(".", 2)
+    owner, name = target.rsplit(".", 1)
+    module_name, class_name = owner.rsplit(".", 1)
     module = sys.modules.get(module_name)
-    if module is None:
+    holder = sys.modules.get(owner) or getattr(module, class_name, None)
+    if holder is None:
         return None
-    function = getattr(getattr(module, class_name), name)
+    function = getattr(holder, name)
     function = getattr(function, "__func__", function)
     links = []
     while function is not None:
