@@ -15,7 +15,7 @@ import math
 import platform
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -69,17 +69,21 @@ def compare(
     *,
     tolerance: float = LOGPROB_TOLERANCE,
     cut_short: Collection[str] = (),
+    ids_only: bool = False,
 ) -> Comparison:
     """Compares pairwise, in order.
 
     ``cut_short`` names the requests that were aborted on purpose: of these the tokens that
     the candidate has are compared, however few. Both sides need logprobs, the reference
-    its top-2 gaps too.
+    its top-2 gaps too; with ``ids_only`` the candidate needs none.
     """
     if [one.rid for one in reference] != [one.rid for one in candidate]:
         raise ValueError("reference and candidate are not the same requests in the same order")
     total = Comparison()
     for expected, got in zip(reference, candidate, strict=True):
+        if ids_only:
+            count = len(got.output_ids)
+            got = replace(got, logprobs=(*expected.logprobs, *[math.nan] * count)[:count])
         total += _compare_one(expected, got, tolerance, got.rid in cut_short)
     return total
 

@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 class OrbitFlowConfig:
     """What the operator asked for. None means: OrbitFlow chooses, and logs what it chose."""
 
-    policy: str = "resident"
+    policy: str = "orbitflow"
     disable: tuple[str, ...] = ()  # rules switched off
     arena_tokens: int | None = None  # device KV per rank, in tokens resident in every layer
     arena_fraction: float | None = None  # the same as a share of what SGLang profiles

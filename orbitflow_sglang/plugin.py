@@ -29,6 +29,8 @@ def _register() -> None:
     config = OrbitFlowConfig.from_env()
     role = hooks.child_role()
     if role == "run_detokenizer_process":
+        if config is not None:
+            hooks.register(hooks.DETOKENIZER)
         return
     add_attention_backend_choices([ATTENTION_BACKEND])
     if role is None:

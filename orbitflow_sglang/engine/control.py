@@ -166,6 +166,7 @@ class SchedulerControl:
         now = time.perf_counter()
         self._measure(now)
         prefill = batch.forward_mode.is_extend()
+        self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
         self.controller.stepped(prefill)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
         context = sum(lengths)
@@ -216,22 +217,24 @@ class SchedulerControl:
                 continue
             first = view.times.first_s is None
             view.times.add(now, len(req.output_ids) - view.generated)
-            if first:
-                self._report(req, {"slo": self._targets(view.slo)})
-            if req.finished() and not req.finished_output:
-                times = view.times
-                pauses = {"pauses": view.pauses, "deposit_tokens": times.deposit_tokens}
-                self._report(req, {"generated": times.report(), **pauses})
+            ends = req.finished() and not req.finished_output
+            if first or ends:
+                self._report(req, view, ends)
+            elif view.generated == 2:  # what was sent with the first token is not sent again
+                vars(req.time_stats).pop(META_KEY, None)
 
     def _targets(self, slo: SLO) -> dict[str, Any]:
         assumed = self.slo_is_assumed and slo.pace_s == self.default_slo.pace_s
         return {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "tbt_s": slo.tbt_s, "assumed": assumed}
 
-    @staticmethod
-    def _report(req: Req, part: dict[str, Any]) -> None:
+    def _report(self, req: Req, view: RequestView, ends: bool) -> None:
         """For ``meta_info``, by way of what SGLang sends along with every output."""
-        known: dict[str, Any] = getattr(req.time_stats, META_KEY, {})
-        setattr(req.time_stats, META_KEY, known | part)
+        part: dict[str, Any] = {"slo": self._targets(view.slo)}
+        if ends:
+            times = view.times
+            part |= {"generated": times.report(), "pauses": view.pauses}
+            part["deposit_tokens"] = times.deposit_tokens
+        setattr(req.time_stats, META_KEY, part)
 
     # --- everything that enumerates requests -----------------------------------
 
@@ -273,6 +276,7 @@ class SchedulerControl:
             "pauses": self.counts["pauses"],
             "pauses_missed": self.counts["pauses_missed"],
             "resumes": self.counts["resumes"],
+            "mixed_steps": self.counts["mixed_steps"],
             "longest_pause_s": self.longest_pause_s,
             "plans": dict(controller.planning.sources),
             "planner": {} if planner is None else dict(planner.counts),

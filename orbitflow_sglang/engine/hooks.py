@@ -82,6 +82,15 @@ LAUNCHER = (
     Hook(f"{_TOKENIZER}._handle_batch_output", HookType.AROUND, "streaming:handle_batch_output"),
     Hook(f"{_TOKENIZER}._stream_one_response", HookType.AROUND, "streaming:stream_one_response"),
 )
+# Wrapped in the detokenizer's process too, which may pickle anew what the scheduler sent. What
+# it carries is a report only, so nobody ends the server where the hook is missing there.
+DETOKENIZER = (
+    Hook(
+        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__",
+        HookType.AFTER,
+        "streaming:time_stats_state",
+    ),
+)
 # Wrapped in scheduler processes of a server with OrbitFlow.
 SCHEDULER = (
     Hook(f"{_CONFIGURATOR}.config_from_budget", HookType.AROUND, "memory:config_from_budget"),
@@ -108,11 +117,7 @@ SCHEDULER = (
     Hook(f"{_STREAMER}.stream_output", HookType.BEFORE, "scheduler:stream_output"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),
-    Hook(
-        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__",
-        HookType.AFTER,
-        "streaming:time_stats_state",
-    ),
+    *DETOKENIZER,
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "inspection:log_stats"),
 )
 # Only under ``TEST_CONTROL_ENV``.

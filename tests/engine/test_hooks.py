@@ -49,14 +49,27 @@ CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 )
+IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 SCHEDULER = {
     f"{CONFIGURATOR}.config_from_budget": "memory.config_from_budget",
     f"{CONFIGURATOR}.resolve_max_num_reqs": "memory.resolve_max_num_reqs",
     f"{CONFIGURATOR}._resolve_kv_pool_class": "memory.resolve_pool_class",
     f"{CONFIGURATOR}._build_token_to_kv_pool_allocator": "memory.build_allocator",
-    "sglang.srt.managers.scheduler.Scheduler.run_batch": "scheduler.run_batch",
-    "sglang.srt.managers.scheduler.Scheduler.get_init_info": "scheduler.get_init_info",
+    f"{CONFIGURATOR}._build_req_to_token_pool": "memory.add_rows_for_paused",
+    f"{IN_SCHEDULER}.run_batch": "scheduler.run_batch",
+    f"{IN_SCHEDULER}.get_next_batch_to_run": "scheduler.choose_next_batch",
+    f"{IN_SCHEDULER}._should_defer_prefill": "scheduler.defer_prefill",
+    f"{IN_SCHEDULER}.get_new_batch_prefill": "scheduler.choose_prefill",
+    f"{IN_SCHEDULER}.is_fully_idle": "scheduler.is_fully_idle",
+    f"{IN_SCHEDULER}.collect_inflight_reqs": "scheduler.collect_inflight",
+    f"{IN_SCHEDULER}._collect_inflight_batches": "scheduler.inflight_batches",
+    f"{IN_SCHEDULER}.abort_request": "scheduler.abort_request",
+    f"{IN_SCHEDULER}.pause_generation": "scheduler.pause_generation",
+    f"{IN_SCHEDULER}.on_idle": "scheduler.on_idle",
+    f"{STREAMER}.stream_output": "scheduler.stream_output",
+    f"{IN_SCHEDULER}.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
     "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
         "streaming.time_stats_state"

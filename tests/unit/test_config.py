@@ -128,7 +128,7 @@ def test_every_flag_sets_a_field_and_every_field_has_a_flag(
 
 def test_with_the_switch_alone_everything_has_its_default(parser: argparse.ArgumentParser) -> None:
     assert parsed(parser, "--enable-orbitflow") == OrbitFlowConfig()
-    assert OrbitFlowConfig().policy == "resident"
+    assert OrbitFlowConfig().policy == "orbitflow"
 
 
 def test_without_any_flag_there_is_no_configuration(parser: argparse.ArgumentParser) -> None:

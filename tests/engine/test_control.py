@@ -1,0 +1,160 @@
+"""The controller on a real server: pauses, plans, chunks and paced delivery change no token.
+
+Every cell compares with unmodified SGLang on the same requests. Penalties are compared
+without overlapped scheduling on both sides: with it, SGLang itself counts a token for a
+penalty one step late, and loses one whenever a prefill comes between two decode steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from servers import (
+    CONCURRENCY,
+    FULL,
+    MODELS,
+    assert_nothing_is_left,
+    orbitflow_args,
+    set_internal_state,
+)
+
+from eval.client import Client, Generation, Request
+from eval.identity import Comparison, compare, mixed_requests
+from eval.server import Server, stock_args
+from eval.tiny_model import build
+
+pytestmark = pytest.mark.engine
+
+STYLE = "llama"
+ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
+NO_OVERLAP = ("--disable-overlap-schedule",)
+TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident"}
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "n": {"type": "integer"}},
+        "required": ["name", "n"],
+    }
+)
+# How a request samples, by its number: greedy ones between those with state of their own.
+SAMPLING: tuple[Mapping[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 0, "frequency_penalty": 0.8, "presence_penalty": 0.4},
+    {"temperature": 0.9, "top_p": 0.9, "sampling_seed": 7},
+    {"temperature": 0, "json_schema": SCHEMA, "ignore_eos": False},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 0, "min_new_tokens": 8, "ignore_eos": False},
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One server, and how its requests are sent."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    sampled: bool = False
+    logprobs: bool = True
+    pauses: int = 1
+    deposit: bool = False
+    mixed_steps: int = 0  # at least so many prefill steps that decoded too
+
+    @property
+    def requests(self) -> list[Request]:
+        return mixed_requests(
+            96 if FULL else 16,
+            seed=11,
+            longest=1000,
+            max_new_tokens=48 if FULL else 32,
+            shared_fraction=0.4,
+        )
+
+
+SETTINGS = (
+    Setting("alternating"),
+    Setting("sampled", NO_OVERLAP, sampled=True, pauses=2),
+    Setting("deposit", ("--orbitflow-tpot-slo-ms", "30"), deposit=True),
+    Setting("mixed", ("--enable-mixed-chunk",), logprobs=False, mixed_steps=100 if FULL else 20),
+    Setting("paper", ("--orbitflow-policy", "paper")),
+    Setting("swap", ("--orbitflow-policy", "swap+order")),
+)
+
+
+def sampling_of(setting: Setting, index: int) -> dict[str, Any]:
+    params = dict(SAMPLING[index % len(SAMPLING)]) if setting.sampled else {}
+    if setting.deposit:
+        params["custom_params"] = {"orbitflow": {"deposit": True}}
+    return params
+
+
+def ask_all(client: Client, setting: Setting, wanted: Sequence[Request]) -> list[Generation]:
+    def one(index: int) -> Generation:
+        request = wanted[index]
+        options: dict[str, Any] = {
+            "rid": request.rid,
+            "logprobs": setting.logprobs,
+            **sampling_of(setting, index),
+        }
+        if setting.deposit:
+            *_, last = client.stream(request.input_ids, request.max_new_tokens, **options)
+            return last
+        return client.generate(request.input_ids, request.max_new_tokens, **options)
+
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        return list(pool.map(one, range(len(wanted))))
+
+
+class StockAnswers:
+    """What unmodified SGLang answers, with and without overlapped scheduling."""
+
+    def __init__(self) -> None:
+        self._known: dict[bool, list[Generation]] = {}
+
+    def of(self, setting: Setting) -> list[Generation]:
+        if setting.sampled not in self._known:
+            flags = NO_OVERLAP if setting.sampled else ()
+            args = stock_args(build(MODELS[STYLE]), "--max-total-tokens", "65536", *flags)
+            plain = Setting("stock", sampled=setting.sampled)
+            with Server(args) as server:
+                self._known[setting.sampled] = ask_all(server, plain, setting.requests)
+        return self._known[setting.sampled]
+
+
+@pytest.fixture(scope="module")
+def stock() -> StockAnswers:
+    return StockAnswers()
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: setting.name)
+def cell(request: pytest.FixtureRequest) -> Iterator[tuple[Setting, Server]]:
+    setting: Setting = request.param
+    with Server(orbitflow_args(STYLE, *ARENA, *setting.flags), env=TEST_CONTROL) as server:
+        yield setting, server
+
+
+def test_tokens_are_those_of_stock_sglang(
+    cell: tuple[Setting, Server],
+    stock: StockAnswers,
+    identity_cells: dict[str, Comparison],
+) -> None:
+    setting, server = cell
+    wanted = setting.requests
+    set_internal_state(server, "orbitflow_pause", setting.pauses)
+    found = ask_all(server, setting, wanted)
+    result = compare(stock.of(setting), found, ids_only=not setting.logprobs)
+    identity_cells[f"control {setting.name}"] = result
+    assert not result.failures, result
+    pauses = [generation.meta["orbitflow"]["pauses"] for generation in found]
+    assert min(pauses) >= 1, pauses
+    (state,) = server.orbitflow()
+    assert state is not None
+    control = state["control"]
+    assert control["pauses"] == control["resumes"] >= len(wanted)
+    assert state["tiered_steps"] > 0
+    assert control["mixed_steps"] >= setting.mixed_steps
+    assert_nothing_is_left(server)

@@ -1,0 +1,212 @@
+"""The rules one by one, on cases small enough to be checked by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orbitflow_sglang.control import rules
+from orbitflow_sglang.control.rules import Candidacy, Candidate, Chunk
+
+pytestmark = pytest.mark.unit
+
+STEP = 0.02
+LOOSE = Candidate("c", math.inf, 0.0, False, False, 0.0, 0.0, 100)
+
+
+def candidate(rid: str, **values: object) -> Candidate:
+    base = Candidate(rid, 0.04, 2.0, False, True, 0.1, 0.0, 100)
+    return replace(base, **values)  # type: ignore[arg-type]
+
+
+# --- streaming ------------------------------------------------------------------
+
+
+def test_nine_tenths_of_what_compute_hides_are_streamed() -> None:
+    assert rules.streaming_budget(100.0, 1000, tightest_s=3.0) == 90
+    assert rules.streaming_budget(100.0, 1000, tightest_s=math.inf) == 90
+    assert rules.streaming_budget(100.0, 1000, tightest_s=3.0, aside=True) == 0
+
+
+def test_where_slack_is_too_little_to_take_turns_it_is_streamed_into() -> None:
+    # rho = 0.4, so the SLO is tight below 1 / 0.6 = 1.67 steps.
+    assert rules.streaming_budget(400.0, 1000, tightest_s=1.5) in (569, 570)
+    assert rules.streaming_budget(400.0, 1000, tightest_s=1.7) == 360
+    assert rules.streaming_budget(400.0, 1000, tightest_s=0.9) == 360  # cannot be met anyway
+
+
+@given(hidden=st.floats(0, 1e6), arena=st.integers(1, 10**6), tight=st.floats(0.01, 1e3))
+def test_the_budget_is_never_below_the_hidden_share_nor_absurd(
+    hidden: float, arena: int, tight: float
+) -> None:
+    budget = rules.streaming_budget(hidden, arena, tight)
+    assert int(0.9 * hidden) <= budget <= hidden * max(0.95 * tight, 1.0)
+
+
+def test_capacity_counts_what_passes_through_the_ring() -> None:
+    assert rules.capacity(1000, 80, 160, layers=8) == 1000 - 80 + 120
+    assert rules.capacity(1000, 80, 160, layers=2) == 920  # two layers: nothing is gained
+    assert rules.capacity(1000, 0, 0, layers=1) == 1000
+
+
+def test_it_stands_aside_for_a_slow_link_and_for_long_prefills() -> None:
+    assert rules.stands_aside(rho=0.2, mu=3.0) == (False, False)
+    assert rules.stands_aside(rho=0.02, mu=3.0) == (True, False)
+    assert rules.stands_aside(rho=0.2, mu=0.5) == (True, True)
+
+
+# --- pausing --------------------------------------------------------------------
+
+
+def test_who_is_furthest_ahead_leaves_for_an_urgent_request() -> None:
+    near, far = candidate("near", deposit_s=1.0), candidate("far", deposit_s=3.0)
+    assert rules.ahead([near, far], STEP, pace_s=0.04, slack_s=0.1) == far
+
+
+def test_nobody_leaves_who_would_not_stay_ahead() -> None:
+    # It takes twice its reload of 0.1 s and 6 steps of 0.02 s: 0.32 s, and the slack on top.
+    assert rules.ahead([candidate("a", deposit_s=0.32)], STEP, 0.04, slack_s=0.0) is None
+    assert rules.ahead([candidate("a", deposit_s=0.33)], STEP, 0.04, slack_s=0.0) is not None
+    assert rules.ahead([candidate("a", deposit_s=0.33)], STEP, 0.04, slack_s=0.1) is None
+    assert rules.ahead([candidate("a", paced=False)], STEP, 0.04, slack_s=0.0) is None
+
+
+def test_who_is_late_already_leaves_first() -> None:
+    late, far = candidate("late", late=True, deposit_s=-1.0), candidate("far", deposit_s=9.0)
+    assert rules.ahead([far, late], STEP, pace_s=0.04, slack_s=0.0) == late
+
+
+@given(
+    paces=st.lists(st.floats(0.001, 10), min_size=1, max_size=6),
+    late=st.booleans(),
+    pace=st.floats(0.001, 10),
+)
+def test_a_strict_request_is_never_the_victim_of_a_loose_one(
+    paces: list[float], late: bool, pace: float
+) -> None:
+    able = [candidate(str(i), pace_s=p, late=late, deposit_s=99.0) for i, p in enumerate(paces)]
+    chosen = rules.ahead(able, STEP, pace, slack_s=0.0)
+    assert chosen is None or chosen.pace_s >= pace
+    assert (chosen is None) == all(p < pace for p in paces)
+
+
+def test_on_overflow_each_policy_has_its_victim() -> None:
+    old = candidate("old", arrival_s=1.0, tokens=900, deposit_s=1.0)
+    new = candidate("new", arrival_s=5.0, tokens=100, deposit_s=0.5)
+    assert rules.overflowing([old, new], "newest") == new
+    assert rules.overflowing([old, new], "longest") == old
+    assert rules.overflowing([old, new], "ahead") == old
+    without_slo = replace(LOOSE, arrival_s=0.0)
+    assert rules.overflowing([old, without_slo], "ahead") == without_slo
+    assert rules.overflowing([old, replace(new, late=True)], "ahead") == replace(new, late=True)
+    assert rules.overflowing([], "ahead") is None
+
+
+# --- ordering -------------------------------------------------------------------
+
+
+def wanting(rid: str, **values: object) -> Candidacy:
+    base = Candidacy(rid, 10.0, 10.0, 1.0, 8, False, False)
+    return replace(base, **values)  # type: ignore[arg-type]
+
+
+def ids(ordered: list[Candidacy]) -> list[str]:
+    return [wants.rid for wants in ordered]
+
+
+def test_least_slack_first_and_the_late_last() -> None:
+    some = [
+        wanting("late", slack_s=-0.1),
+        wanting("calm", slack_s=5.0),
+        wanting("urgent", slack_s=0.2),
+        wanting("no deadline", slack_s=math.inf),
+    ]
+    assert ids(rules.by_slack(some, 11.0, 0)) == ["urgent", "calm", "no deadline", "late"]
+
+
+def test_an_interrupted_client_comes_before_newcomers() -> None:
+    some = [wanting("new", slack_s=0.1), wanting("stalled", paused=True, owed=True, slack_s=0.0)]
+    assert ids(rules.by_slack(some, 11.0, 0)) == ["stalled", "new"]
+
+
+def test_every_eighth_place_goes_to_who_has_waited_longest() -> None:
+    some = [wanting("new", slack_s=0.1), wanting("late", slack_s=-9.0, since_s=1.0)]
+    for grants in range(24):
+        first = ids(rules.by_slack(some, 11.0, grants))[0]
+        assert first == ("late" if grants % 8 == 7 else "new")
+
+
+def test_nobody_waits_for_ever() -> None:
+    some = [wanting("new", slack_s=0.1), wanting("late", slack_s=-9.0, since_s=1.0)]
+    assert ids(rules.by_slack(some, 32.0, 0))[0] == "late"
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 50), st.booleans()), max_size=12))
+def test_ordering_loses_nobody(rows: list[tuple[float, float, bool]]) -> None:
+    some = [
+        wanting(str(i), slack_s=slack, since_s=since, paused=paused)
+        for i, (slack, since, paused) in enumerate(rows)
+    ]
+    for ordered in (rules.by_slack(some, 60.0, 7), rules.by_arrival(some)):
+        assert sorted(ids(ordered)) == sorted(ids(some))
+
+
+def test_by_arrival_who_was_served_first_goes_on_first() -> None:
+    some = [wanting("b", arrival_s=2.0), wanting("a", arrival_s=1.0)]
+    some.append(wanting("paused", arrival_s=3.0, paused=True))
+    assert ids(rules.by_arrival(some)) == ["paused", "a", "b"]
+
+
+# --- admission ------------------------------------------------------------------
+
+
+def test_admission_by_room_and_by_what_is_committed() -> None:
+    assert rules.admits(used=60, wanted=40, room=100, committed=None)
+    assert not rules.admits(used=61, wanted=40, room=100, committed=None)
+    assert rules.admits(used=60, wanted=40, room=100, committed=60)
+    assert not rules.admits(used=20, wanted=40, room=100, committed=61)
+
+
+def test_a_paced_request_is_committed_for_its_share_of_the_time() -> None:
+    assert rules.committed_share(0.02, 0.04, paced=True) == 0.5
+    assert rules.committed_share(0.02, 0.01, paced=True) == 1.0
+    assert rules.committed_share(0.02, 0.04, paced=False) == 1.0
+
+
+# --- chunks ---------------------------------------------------------------------
+
+
+def chunk(gap_s: float, made_late: int = 0, waiting: int = 1, page_size: int = 16) -> Chunk:
+    return rules.chunk(gap_s, STEP, 0.001, page_size, 2048, made_late, waiting)
+
+
+def test_a_chunk_and_a_step_fit_the_tightest_gap() -> None:
+    # 0.95 x 0.3 s - 0.02 s leave 0.265 s: 265 tokens, 256 in whole pages.
+    assert chunk(0.3) == Chunk(256, 1)
+    assert chunk(99.0) == Chunk(2048, 1)
+    assert chunk(math.inf) == Chunk(2048, 1)
+
+
+def test_where_none_fits_the_smallest_comes_every_few_steps() -> None:
+    assert chunk(0.05) == Chunk(64, 1)
+    assert chunk(0.05, made_late=3, waiting=1) == Chunk(64, 4)
+    assert chunk(0.05, made_late=3, waiting=6) == Chunk(64, 2)
+    assert chunk(-1.0, made_late=50, waiting=1) == Chunk(64, 8)
+    assert chunk(0.05, page_size=128) == Chunk(128, 1)
+
+
+@given(
+    gap=st.floats(-5, 5), late=st.integers(0, 99), waiting=st.integers(0, 99),
+    page=st.sampled_from([1, 16, 48, 64, 128]),
+)  # fmt: skip
+def test_a_chunk_is_whole_pages_and_comes_within_eight_steps(
+    gap: float, late: int, waiting: int, page: int
+) -> None:
+    found = rules.chunk(gap, STEP, 0.001, page, 2048 // page * page, late, waiting)
+    assert found.tokens % page == 0
+    assert found.tokens >= max(page, 64)
+    assert 1 <= found.every <= 8
