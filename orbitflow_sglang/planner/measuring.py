@@ -59,8 +59,8 @@ def _largest_context(room: Room, batch: int) -> int:
     """The power of two that ``batch`` requests can each begin with; 0 when there is none."""
     if batch > room.requests:
         return 0
-    # For each request the store keeps one more page free.
-    pages = (room.extents - 1) // batch - 1
+    # Placement counts the page being written twice, and keeps one more free for each request.
+    pages = (room.extents - 1) // batch - 2
     tokens = min(
         pages * room.page_size - STEPS,
         room.tokens // batch - 2 * room.page_size - STEPS,
