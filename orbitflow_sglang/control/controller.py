@@ -46,6 +46,9 @@ class Costs(Protocol):
     def page_transfer_s(self) -> float:
         """H2D of one page of one layer, seconds."""
 
+    def planned(self) -> None:
+        """A plan was made with what things take by now."""
+
 
 @dataclass
 class _Scene:
@@ -483,6 +486,7 @@ class Controller:
         if plan is None:
             return None, ()
         self._placed, self._replan, self._plan_steps = key, False, 0
+        self.costs.planned()
         self.streamed_pages = plan.streamed_pages
         set_aside = tuple(unit.id for unit in plan.units if unit.paused and unit.id in key[0])
         if set_aside:

@@ -165,9 +165,8 @@ def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:
     config = OrbitFlowConfig.from_env()
     assert config is not None
     spec = config.policy_spec
-    if spec.spills or spec.placing is None:
-        calibration.load_or_calibrate(scheduler, runtime, config)
     if spec.placing is None:
+        calibration.load_or_calibrate(scheduler, runtime, config)
         runtime.control = build_control(scheduler, runtime, config)
     if os.environ.get(hooks.TEST_CONTROL_ENV):
         hooks.verify(hooks.TEST_CONTROL)

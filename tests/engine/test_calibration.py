@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from servers import CONCURRENCY, Stock, assert_nothing_is_left, orbitflow_args
+from servers import CONCURRENCY, FULL, Stock, assert_nothing_is_left, orbitflow_args
 
 from eval.client import Request
 from eval.server import Server, ServerFailed
@@ -22,6 +22,8 @@ WANTED = [
     Request("longer", tuple(range(1, 400)), max_new_tokens=24),
 ]
 
+in_full_only = pytest.mark.skipif(not FULL, reason="a server more: only in make test-full")
+
 PROFILE = Profile(  # of the tiny Llama with 8 layers, pages of 16 tokens, float32
     model="given",
     device="by hand",
@@ -33,7 +35,7 @@ PROFILE = Profile(  # of the tiny Llama with 8 layers, pages of 16 tokens, float
 )
 
 
-def server(cache: Path, *extra: str, policy: str = "static:1") -> Server:
+def server(cache: Path, *extra: str, policy: str = "orbitflow") -> Server:
     args = orbitflow_args("llama", "--orbitflow-policy", policy, *extra)
     return Server(args, env={"ORBITFLOW_CACHE_DIR": str(cache)})
 
@@ -89,6 +91,7 @@ def test_costs_are_measured_once_and_nothing_is_left_of_it(stock: Stock, tmp_pat
     assert list(tmp_path.iterdir()) == [kept]
 
 
+@in_full_only
 @pytest.mark.parametrize("page_size", ["1", "64"])
 def test_costs_are_measured_with_small_and_large_pages(tmp_path: Path, page_size: str) -> None:
     with server(tmp_path, *SLOW_LINK, "--page-size", page_size, policy="all-host") as running:
@@ -99,6 +102,7 @@ def test_costs_are_measured_with_small_and_large_pages(tmp_path: Path, page_size
         assert_nothing_is_left(running)
 
 
+@in_full_only
 def test_without_a_host_store_no_plan_counts_on_the_link(tmp_path: Path) -> None:
     sizes = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0")
     with server(tmp_path, *sizes) as running:
@@ -145,6 +149,7 @@ def test_a_profile_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) ->
             assert "Traceback" not in running.log.read_text(), "known before any process starts"
 
 
+@in_full_only
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")

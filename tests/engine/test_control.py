@@ -3,6 +3,9 @@
 Every cell compares with unmodified SGLang on the same requests. Penalties are compared
 without overlapped scheduling on both sides: with it, SGLang itself counts a token for a
 penalty one step late, and loses one whenever a prefill comes between two decode steps.
+Seeds are not compared: SGLang reads them under --enable-deterministic-inference alone, which
+needs a GPU attention backend. Rows of the samplers' tensors are told apart by top_k = 1: a
+request that got a neighbour's row would draw at random.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ SCHEMA = json.dumps(
 SAMPLING: tuple[Mapping[str, Any], ...] = (
     {"temperature": 0},
     {"temperature": 0, "frequency_penalty": 0.8, "presence_penalty": 0.4},
-    {"temperature": 0.9, "top_p": 0.9, "sampling_seed": 7},
+    {"temperature": 0.9, "top_k": 1, "logit_bias": {"77": 4.0, "78": -4.0}},
     {"temperature": 0, "json_schema": SCHEMA, "ignore_eos": False},
     {"temperature": 0, "repetition_penalty": 1.3},
     {"temperature": 0, "min_new_tokens": 8, "ignore_eos": False},
@@ -79,7 +82,7 @@ SETTINGS = (
     Setting("alternating"),
     Setting("sampled", NO_OVERLAP, sampled=True, pauses=2),
     Setting("deposit", ("--orbitflow-tpot-slo-ms", "30"), deposit=True),
-    Setting("mixed", ("--enable-mixed-chunk",), logprobs=False, mixed_steps=100 if FULL else 20),
+    Setting("mixed", ("--enable-mixed-chunk", "--chunked-prefill-size", "64"), logprobs=False, mixed_steps=100 if FULL else 20),
     Setting("paper", ("--orbitflow-policy", "paper")),
     Setting("swap", ("--orbitflow-policy", "swap+order")),
 )

@@ -52,6 +52,11 @@ INTERNAL_STATE = (
 IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+DETOKENIZER = {
+    "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
+        "streaming.time_stats_state"
+    ),
+}
 SCHEDULER = {
     f"{CONFIGURATOR}.config_from_budget": "memory.config_from_budget",
     f"{CONFIGURATOR}.resolve_max_num_reqs": "memory.resolve_max_num_reqs",
@@ -71,9 +76,7 @@ SCHEDULER = {
     f"{STREAMER}.stream_output": "scheduler.stream_output",
     f"{IN_SCHEDULER}.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
-    "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
-        "streaming.time_stats_state"
-    ),
+    **DETOKENIZER,
     f"{METRICS}.log_stats": "inspection.log_stats",
 }
 TEST_CONTROL = {f"{INTERNAL_STATE}._update_handlers": "test_control.update_handlers"}
@@ -237,7 +240,7 @@ def test_with_the_flag_exactly_the_documented_symbols_are_wrapped_once(
     expected: dict[str, dict[str, str]] = {
         "launcher": ALWAYS | LAUNCHER,
         "run_scheduler_process": SCHEDULER,
-        "run_detokenizer_process": {},
+        "run_detokenizer_process": DETOKENIZER,
     }
     for role, hooks in expected.items():
         assert wrapped(orbitflow_symbols[role]) == once(hooks)
