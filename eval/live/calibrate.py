@@ -16,6 +16,7 @@ import numpy as np
 from eval.bench.measure import Batch, random_prompts
 from eval.client import Client
 from eval.live.contestants import Setup, server
+from eval.live.machine import OthersLoad
 from eval.live.replay import replay
 from eval.live.workload import LiveRequest, Mix, Targets, at_once, prompts
 
@@ -38,6 +39,7 @@ class Calibration:
     load_1_requests_per_s: float
     drain_s: float
     drain_errors: int
+    others_cores: float  # what others took of the machine meanwhile
 
     def targets(self, ttft_s: float | None = None, tpot_s: float | None = None) -> Targets:
         """The SLOs; what is given wins over what was measured."""
@@ -74,11 +76,13 @@ def calibrate(
     """Starts a server and measures; takes about as long as a run at load 1."""
     with server(contestant, setup) as running:
         warm_up(running, setup)
+        others = OthersLoad()
         requests, step_s = _step(running, setup, mix)
         base_s, per_token_s = _prefill(running, mix)
         began = time.perf_counter()
         answers = replay(running.url, at_once(trace), prompts(trace, seed))
         drain_s = time.perf_counter() - began
+        others_cores = others.cores()
     return Calibration(
         contestant=contestant,
         step_s=step_s,
@@ -88,6 +92,7 @@ def calibrate(
         load_1_requests_per_s=len(trace) / drain_s,
         drain_s=drain_s,
         drain_errors=sum(one.error is not None for one in answers),
+        others_cores=others_cores,
     )
 
 

@@ -1,12 +1,35 @@
 """``make bench-live``: serving policies compared on real servers, in real time ("cpu-live").
 
-TODO
+For every repeat, load and contestant a server is started, warmed up, given the same trace
+of requests as all the others, and stopped; one is alive at a time, in an order drawn anew for
+each repeat. What each client saw is stored request by request, and summarised with intervals
+over requests and differences paired by request. A campaign takes hours and can be stopped at
+any time: --resume goes on where it was. Two cores must be left alone meanwhile; a run in which
+others used more than 0.2 of them says so, and --redo-disturbed 0.2 repeats it.
+
+Load 1 is the rate at which `queue` (no offload) drains the whole trace offered at time 0;
+a repeat has a trace and prompts of its own, the load is that of the first one's drain.
+SLOs are multiples of what was measured at the start: TPOT two decode steps of a batch that
+fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
+
+Chosen so that memory is the bottleneck, as measured on two cores of an AMD EPYC:
+- One thread computes. With two, a step took 25 instead of 15 ms, as copies, the client and
+  SGLang's other processes then take turns with the model.
+- Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
+  mean size fit (676 tokens), two of the largest. t = 15 ms; prefill takes 0.21 ms a token.
+  So a full arena decodes for 2.5 s and was prefilled in 0.8 s: mu = 3. With outputs a half as
+  long mu falls below 2.
+- Link 0.4e9 bytes/s: h = 6 MB a step, rho = 0.18 of the arena, as 24 GB/s has it on a 24 GB
+  card. Copies at that rate take about a tenth of the second core.
+- Prefill chunks of 512: SGLang's default is longer than any prompt here, and on a large GPU
+  stops decoding for as many steps as 512 tokens do here (7).
+- 200 requests: two minutes at load 0.9, and 30 s for the server.
+- No prompt shares a prefix with another, so the radix cache decides nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import sys
@@ -22,6 +45,7 @@ from eval.client import Client, RequestFailed
 from eval.live import contestants, summary
 from eval.live.calibrate import Calibration, calibrate, warm_up
 from eval.live.contestants import Setup
+from eval.live.machine import DISTURBED_CORES, OthersLoad
 from eval.live.records import CannotResume, Cell, Results, from_row
 from eval.live.replay import Answer, replay
 from eval.live.workload import LiveRequest, Mix, at_rate, draw, prompts, with_slo
@@ -36,7 +60,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         for name in (*options.contestants, options.calibrate_with):
             contestants.check(name)
-        results = Results(options.out, _settings(options, setup, mix), options.resume)
+        results = Results(
+            options.out, _settings(options, setup, mix), options.resume, options.redo_disturbed
+        )
     except (CannotResume, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -92,17 +118,19 @@ def measure(
     cell: Cell, setup: Setup, trace: Sequence[LiveRequest], seed: int
 ) -> tuple[list[Answer], dict[str, Any]]:
     """One server's life: start, warm-up, replay, stop."""
-    load_before = os.getloadavg()[0]  # of others: nothing of this run is alive yet
     with contestants.server(cell.contestant, setup) as server:
         warm_up(server, setup)
-        answers = replay(server.url, trace, prompts(trace, seed + cell.repeat))
+        token_ids = prompts(trace, seed + cell.repeat)
+        others = OthersLoad()
+        answers = replay(server.url, trace, token_ids)
+        others_cores = others.cores()
         state, problem = _after(server)
     orbitflow = {key: value for key, value in (state or {}).items() if key != "requests"}
     return answers, {
         "problem": problem,
         "failed_idle_checks": orbitflow.get("failed_idle_checks"),
         "most_late_s": round(max(one.sent_s - one.request.arrival_s for one in answers), 4),
-        "load_1min_before": round(load_before, 2),
+        "others_cores": round(others_cores, 3),
         "orbitflow": orbitflow or None,
     }
 
@@ -136,6 +164,12 @@ def _calibration(
         f"(drained in {calibration.drain_s:.0f} s, {calibration.drain_errors} errors)",
         flush=True,
     )
+    if calibration.others_cores > DISTURBED_CORES:
+        print(
+            f"DISTURBED: others used {calibration.others_cores:.1f} cores meanwhile, so loads and "
+            f"SLOs are too low; delete {results.folder / 'settings.json'} to measure again",
+            flush=True,
+        )
     return calibration
 
 
@@ -143,11 +177,13 @@ def _outcome(results: Results, cell: Cell) -> str:
     rows = [from_row(row) for row in results.rows if Cell.of(row) == cell]
     found = summary.metrics(rows)
     run = results.runs[-1]
+    others = run["others_cores"]
+    disturbed = f", DISTURBED: others used {others:.1f} cores" * (others > DISTURBED_CORES)
     return (
         f"good {found['good']:.2f}, strict {found['strict']:.2f}, TTFT ok {found['ttft_ok']:.2f}, "
         f"TPOT ok {found['tpot_ok']:.2f}, {summary.tokens_per_s(rows):.0f} tokens/s in "
         f"{summary.makespan_s(rows):.0f} s, {found['errors']} errors, {run['mismatches']} with "
-        f"other ids{', ' + run['problem'] if run['problem'] else ''}"
+        f"other ids{', ' + run['problem'] if run['problem'] else ''}{disturbed}"
     )
 
 
@@ -222,6 +258,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of traces, prompts and orders (%(default)s)")
     add("--out", type=Path, help="folder (eval/results/cpu-live)")
     add("--resume", action="store_true", help="skip the runs that the folder has")
+    add(
+        "--redo-disturbed",
+        type=float,
+        metavar="CORES",
+        help="with --resume: of finished runs "
+        "repeat those in which others used more than so many cores",
+    )
     options = parser.parse_args(argv)
     quick = options.quick
     quick_contestants = ("stock", "static:1")

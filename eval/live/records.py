@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,14 @@ class Cell:
 class Results:
     """What is in a folder. ``resume`` is needed where there are finished cells already."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        resume: bool = False,
+        redo_disturbed: float | None = None,
+    ) -> None:
+        """``redo_disturbed``: a run in which others used more cores does not count as done."""
         self.folder = folder
         self._requests = folder / "requests.jsonl.gz"
         self._runs = folder / "runs.jsonl"
@@ -58,7 +66,10 @@ class Results:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.calibration: dict[str, Any] | None = None
         self._take_settings()
-        self.runs: list[Row] = self._read_runs()
+        most = math.inf if redo_disturbed is None else redo_disturbed
+        self.runs: list[Row] = [
+            run for run in self._read_runs() if run.get("others_cores", 0.0) <= most
+        ]
         done = {Cell.of(run) for run in self.runs}
         # A run that was cut off between its requests and its own line is done again.
         self.rows: list[Row] = [row for row in self._read_rows() if Cell.of(row) in done]

@@ -32,6 +32,7 @@ COLUMNS = (
     ("TBT P95/worst s", "---:"),
     ("errors", "---:"),
     ("other ids", "---:"),
+    ("others' cores", "---:"),
 )
 DIFFERENCES = ("good", "strict", "strict_generated", "tbt_ok_deposited")
 
@@ -106,6 +107,7 @@ def _contestant(served: Sequence[Served], runs: Sequence[Row]) -> dict[str, Any]
         "failed_idle_checks": _total(runs, "failed_idle_checks"),
         "problems": [run["problem"] for run in runs if run.get("problem")],
         "most_late_s": max((run.get("most_late_s") or 0.0 for run in runs), default=0.0),
+        "others_cores_by_repeat": [run.get("others_cores", 0.0) for run in runs],
         "intervals": intervals,
     }
 
@@ -152,6 +154,7 @@ def _line(name: str, of: Mapping[str, Any]) -> str:
             seconds("tbt_p95_s", "worst_gap_s"),
             str(of["errors"]),
             str(of["mismatches"]),
+            _number(max(of["others_cores_by_repeat"], default=0.0), 1, ".1f"),
         )
     )
 

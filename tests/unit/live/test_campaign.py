@@ -82,6 +82,15 @@ def test_a_run_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     assert again.done == {Cell(0, 0.9, "stock")} and len(again.rows) == 1
 
 
+def test_a_disturbed_run_can_be_done_again(tmp_path: Path) -> None:
+    first = results(tmp_path)
+    first.add(Cell(0, 0.9, "calm"), [answer("a")], RUN | {"others_cores": 0.05})
+    first.add(Cell(0, 0.9, "disturbed"), [answer("a")], RUN | {"others_cores": 0.9})
+    assert len(results(tmp_path, resume=True).done) == 2
+    again = Results(tmp_path, SETTINGS, resume=True, redo_disturbed=0.2)
+    assert again.done == {Cell(0, 0.9, "calm")} and len(again.rows) == 1
+
+
 def test_other_ids_than_the_first_contestants_are_counted(tmp_path: Path) -> None:
     store = results(tmp_path)
     failed = answer("a", ids=())
@@ -156,7 +165,7 @@ def test_contestants_differ_in_nothing_but_policy() -> None:
 
 
 def test_numbers_of_a_calibration() -> None:
-    calibration = Calibration("queue", 0.01, 5, 0.0, 0.0002, 1.5, 100.0, 0)
+    calibration = Calibration("queue", 0.01, 5, 0.0, 0.0002, 1.5, 100.0, 0, 0.0)
     mix = Mix((100, 100), (300, 300), (200, 200), (200, 200))
     numbers = calibration.numbers(Setup(arena_tokens=3000, link_gb_per_s=0.5), mix)
     assert numbers["h_bytes"] == pytest.approx(5e6)
