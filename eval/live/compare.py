@@ -13,16 +13,14 @@ SLOs are multiples of what was measured at the start: TPOT two decode steps of a
 fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
 
 Chosen so that memory is the bottleneck, as measured on two cores of an AMD EPYC:
-- One thread computes. With two, a step took 25 instead of 15 ms, as copies, the client and
-  SGLang's other processes then take turns with the model.
+- One thread of PyTorch: with two a step took 24 instead of 15 ms, since SGLang's other
+  processes, copies and the client need a core as well.
 - Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
   mean size fit (676 tokens), two of the largest. t = 15 ms; prefill takes 0.21 ms a token.
-  So a full arena decodes for 2.5 s and was prefilled in 0.8 s: mu = 3. With outputs a half as
-  long mu falls below 2.
-- Link 0.4e9 bytes/s: h = 6 MB a step, rho = 0.18 of the arena, as 24 GB/s has it on a 24 GB
-  card. Copies at that rate take about a tenth of the second core.
-- Prefill chunks of 512: SGLang's default is longer than any prompt here, and on a large GPU
-  stops decoding for as many steps as 512 tokens do here (7).
+  So what fills the arena was prefilled in 0.8 s and decodes for 2.5 s: mu = 3. With outputs
+  half as long mu falls below 2.
+- Link 0.4e9 bytes/s: h = 6 MB a step, rho = 0.18 of the arena.
+- Prefill chunks of 512 tokens: one stops decoding for the time of 7 steps.
 - 200 requests: two minutes at load 0.9, and 30 s for the server.
 - No prompt shares a prefix with another, so the radix cache decides nothing.
 """
@@ -77,13 +75,13 @@ def main(argv: Sequence[str]) -> int:
         trace = trace_of(cell, calibration, options, mix)
         try:
             answers, run = measure(cell, setup, trace, options.seed)
-        except (ServerFailed, RuntimeError) as error:
+        except (ServerFailed, RuntimeError, requests.RequestException) as error:
             failed.append(f"{head}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
             continue
         results.add(cell, answers, run)
         print(f"  {_outcome(results, cell)}", flush=True)
-    _write_summary(results, calibration, argv, options, setup, mix)
+    _write_summary(results, calibration, argv, options, setup, mix, failed)
     return 1 if failed else 0
 
 
@@ -194,6 +192,7 @@ def _write_summary(
     options: argparse.Namespace,
     setup: Setup,
     mix: Mix,
+    failed: Sequence[str],
 ) -> None:
     found = summary.summarise(results.rows, results.runs, options.baseline)
     known = {run["contestant"] for run in results.runs}
@@ -202,6 +201,7 @@ def _write_summary(
         "settings": results.settings,
         "calibration": calibration.as_dict() | calibration.numbers(setup, mix),
         "targets": targets.as_dict(),
+        "not_measured": list(failed),
         "server_args": {name: contestants.flags(name, setup) for name in sorted(known)},
     }
     table = summary.markdown(found)

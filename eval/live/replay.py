@@ -85,7 +85,7 @@ async def _send(
                     read_event(answer, now, orjson.loads(line[len(DATA) :]))
     except TimeoutError:
         answer.error = "timeout"
-    except (aiohttp.ClientError, OSError, ValueError) as error:
+    except (aiohttp.ClientError, OSError, ValueError, KeyError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     if answer.error is None and len(answer.output_ids) != request.output_tokens:
         answer.error = f"{len(answer.output_ids)} tokens ({answer.finish_reason})"
