@@ -50,6 +50,7 @@ from eval.live.workload import LiveRequest, Mix, at_rate, draw, prompts, with_sl
 from eval.server import ServerFailed
 
 RESULTS = ROOT / "eval" / "results" / "cpu-live"
+FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +65,11 @@ def main(argv: Sequence[str]) -> int:
     except (CannotResume, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    calibration = _calibration(results, options, setup, mix)
+    try:
+        calibration = _calibration(results, options, setup, mix)
+    except FAILURES as error:
+        print(f"calibrating with {options.calibrate_with}: {error}", file=sys.stderr)
+        return 1
     wanted = cells(options.contestants, options.loads, options.repeats, options.seed)
     failed = []
     for index, cell in enumerate(wanted, start=1):
@@ -75,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         trace = trace_of(cell, calibration, options, mix)
         try:
             answers, run = measure(cell, setup, trace, options.seed)
-        except (ServerFailed, RuntimeError, requests.RequestException) as error:
+        except FAILURES as error:
             failed.append(f"{head}: {error}")
             print(failed[-1], file=sys.stderr, flush=True)
             continue
@@ -164,8 +169,8 @@ def _calibration(
     )
     if calibration.others_cores > DISTURBED_CORES:
         print(
-            f"DISTURBED: others used {calibration.others_cores:.1f} cores meanwhile, so loads and "
-            f"SLOs are too low; delete {results.folder / 'settings.json'} to measure again",
+            f"DISTURBED: others used {calibration.others_cores:.1f} cores meanwhile, so load 1 is "
+            f"too low and SLOs are too lax; delete {results.folder / 'settings.json'} to measure again",
             flush=True,
         )
     return calibration
