@@ -13,8 +13,8 @@ SLOs are multiples of what was measured at the start: TPOT two decode steps of a
 fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
 
 Chosen so that memory is the bottleneck, as measured on two cores of an AMD EPYC:
-- One thread of PyTorch: with two a step took 24 instead of 15 ms, since SGLang's other
-  processes, copies and the client need a core as well.
+- One thread of PyTorch: with two a step took 24 instead of 15 ms. SGLang's other
+  processes, copies and the client have the other core.
 - Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
   mean size fit (676 tokens), two of the largest. t = 15 ms; prefill takes 0.21 ms a token.
   So what fills the arena was prefilled in 0.8 s and decodes for 2.5 s: mu = 3. With outputs
@@ -170,7 +170,7 @@ def _calibration(
     if calibration.others_cores > DISTURBED_CORES:
         print(
             f"DISTURBED: others used {calibration.others_cores:.1f} cores meanwhile, so load 1 is "
-            f"too low and SLOs are too lax; delete {results.folder / 'settings.json'} to measure again",
+            f"too low and SLOs are too lax; to measure again, delete {results.folder}",
             flush=True,
         )
     return calibration
