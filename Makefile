@@ -16,7 +16,7 @@ STAMP := .venv/.set-up
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream \
-  bench-planner clean
+  bench-planner bench-live clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -76,6 +76,9 @@ bench-stream: setup ## measured step time over an emulated link, against the bou
 
 bench-planner: setup ## time and quality of plans, and what each idea brings
 	@$(OFFLINE) $(PY) -m eval.bench.planner $(ARGS)
+
+bench-live: setup ## serving policies on real servers in real time (hours; --quick, --resume)
+	@$(OFFLINE) $(PY) -m eval.live.compare $(ARGS)
 
 clean: ## remove .venv, the tiny models, logs and caches
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

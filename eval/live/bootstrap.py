@@ -1,0 +1,66 @@
+"""Intervals by resampling requests, and when two contestants count as a tie.
+
+Requests of one run share its queues, so they are not independent and the intervals are on
+the narrow side: the differences of the single repeats are to be read beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+DRAWS = 2000
+Key = tuple[int, str]  # repeat and request id
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the 95 % interval of the resampled ones."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def tie(self) -> bool:
+        """Of a difference: 0 lies inside."""
+        return self.low <= 0.0 <= self.high
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: round(value, 5) for name, value in asdict(self).items()}
+
+
+def share_interval(counted: Sequence[float], of: Sequence[float], seed: int = 0) -> Interval:
+    """Of sum(counted) / sum(of), over requests."""
+    if not sum(of):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    pairs = np.array([counted, of], dtype=float)
+    sums = pairs[:, _resampled(len(of), seed)].sum(axis=2)
+    return _interval(pairs[0].sum() / pairs[1].sum(), sums[0] / np.maximum(sums[1], 1e-12))
+
+
+def paired_difference(
+    ours: Mapping[Key, float], theirs: Mapping[Key, float], seed: int = 0
+) -> Interval:
+    """Of the mean of ``ours`` minus that of ``theirs`` over the requests that both served.
+
+    Raises ``ValueError`` where there is none: they did not see the same trace.
+    """
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        raise ValueError("the two have no request in common")
+    differences = np.array([ours[key] - theirs[key] for key in common], dtype=float)
+    means = differences[_resampled(len(common), seed)].mean(axis=1)
+    return _interval(float(differences.mean()), means)
+
+
+def _resampled(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
+
+
+def _interval(value: float, draws: np.ndarray) -> Interval:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(float(value), float(low), float(high))

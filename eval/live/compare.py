@@ -1,0 +1,294 @@
+"""``make bench-live``: serving policies compared on real servers, in real time ("cpu-live").
+
+For every repeat, load and contestant a server is started, warmed up, given the same trace
+of requests as all the others, and stopped; one is alive at a time, in an order drawn anew for
+each repeat. What each client saw is stored request by request, and summarised with intervals
+over requests and differences paired by request. A campaign takes hours and can be stopped at
+any time: --resume goes on where it was. Two cores must be left alone meanwhile; a run in which
+others used more than 0.2 of them says so, and --redo-disturbed 0.2 repeats it.
+
+Load 1 is the rate at which `queue` (no offload) drains the whole trace offered at time 0;
+a repeat has a trace and prompts of its own, the load is that of the first one's drain.
+SLOs are multiples of what was measured at the start: TPOT two decode steps of a batch that
+fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
+
+Chosen so that memory is the bottleneck, as measured on two cores of an AMD EPYC:
+- One thread of PyTorch: with two a step took 24 instead of 15 ms. SGLang's other
+  processes, copies and the client have the other core.
+- Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
+  mean size fit (676 tokens), two of the largest. t = 15 ms; prefill takes 0.21 ms a token.
+  So what fills the arena was prefilled in 0.8 s and decodes for 2.5 s: mu = 3. With outputs
+  half as long mu falls below 2.
+- Link 0.4e9 bytes/s: h = 6 MB a step, rho = 0.18 of the arena.
+- Prefill chunks of 512 tokens: one stops decoding for the time of 7 steps.
+- 200 requests: two minutes at load 0.9, and 30 s for the server.
+- No prompt shares a prefix with another, so the radix cache decides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from eval.bench.measure import QUICK_RESULTS, ROOT, write_result
+from eval.client import Client, RequestFailed
+from eval.live import contestants, summary
+from eval.live.calibrate import Calibration, calibrate, warm_up
+from eval.live.contestants import Setup
+from eval.live.machine import DISTURBED_CORES, OthersLoad
+from eval.live.records import CannotResume, Cell, Results, from_row
+from eval.live.replay import Answer, replay
+from eval.live.workload import LiveRequest, Mix, at_rate, draw, prompts, with_slo
+from eval.server import ServerFailed
+
+RESULTS = ROOT / "eval" / "results" / "cpu-live"
+FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parse(argv)
+    setup, mix = _setup(options), Mix(cv=options.cv)
+    try:
+        for name in (*options.contestants, options.calibrate_with):
+            contestants.check(name)
+        results = Results(
+            options.out, _settings(options, setup, mix), options.resume, options.redo_disturbed
+        )
+    except (CannotResume, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        calibration = _calibration(results, options, setup, mix)
+    except FAILURES as error:
+        print(f"calibrating with {options.calibrate_with}: {error}", file=sys.stderr)
+        return 1
+    wanted = cells(options.contestants, options.loads, options.repeats, options.seed)
+    failed = []
+    for index, cell in enumerate(wanted, start=1):
+        if cell in results.done:
+            continue
+        head = f"[{index}/{len(wanted)}] load {cell.load:g} repeat {cell.repeat} {cell.contestant}"
+        print(f"{head} ...", flush=True)
+        trace = trace_of(cell, calibration, options, mix)
+        try:
+            answers, run = measure(cell, setup, trace, options.seed)
+        except FAILURES as error:
+            failed.append(f"{head}: {error}")
+            print(failed[-1], file=sys.stderr, flush=True)
+            continue
+        results.add(cell, answers, run)
+        print(f"  {_outcome(results, cell)}", flush=True)
+    _write_summary(results, calibration, argv, options, setup, mix, failed)
+    return 1 if failed else 0
+
+
+def cells(names: Sequence[str], loads: Sequence[float], repeats: int, seed: int) -> list[Cell]:
+    """Every run of a campaign. Within a repeat and load the order of contestants is drawn.
+
+    It depends on nothing but these two and the seed, so that a resumed campaign draws alike.
+    """
+    found = []
+    for repeat in range(repeats):
+        for load in loads:
+            order = sorted(names)
+            random.Random(f"{seed}/{repeat}/{load:g}").shuffle(order)
+            found += [Cell(repeat, load, name) for name in order]
+    return found
+
+
+def trace_of(
+    cell: Cell, calibration: Calibration, options: argparse.Namespace, mix: Mix
+) -> list[LiveRequest]:
+    """The trace of a repeat, the same for every contestant, stretched to the load."""
+    drawn = draw(mix, options.requests, options.seed + cell.repeat)
+    rate = cell.load * calibration.load_1_requests_per_s
+    targets = calibration.targets(_seconds(options.ttft_slo_ms), _seconds(options.tpot_slo_ms))
+    trace = with_slo(at_rate(drawn, rate), targets)
+    if contestants.is_paced(cell.contestant):
+        trace = [replace(one, slo=replace(one.slo, deposit=True)) for one in trace]
+    return trace
+
+
+def measure(
+    cell: Cell, setup: Setup, trace: Sequence[LiveRequest], seed: int
+) -> tuple[list[Answer], dict[str, Any]]:
+    """One server's life: start, warm-up, replay, stop."""
+    with contestants.server(cell.contestant, setup) as server:
+        warm_up(server, setup)
+        token_ids = prompts(trace, seed + cell.repeat)
+        others = OthersLoad()
+        answers = replay(server.url, trace, token_ids)
+        others_cores = others.cores()
+        state, problem = _after(server)
+    orbitflow = {key: value for key, value in (state or {}).items() if key != "requests"}
+    return answers, {
+        "problem": problem,
+        "failed_idle_checks": orbitflow.get("failed_idle_checks"),
+        "most_late_s": round(max(one.sent_s - one.request.arrival_s for one in answers), 4),
+        "others_cores": round(others_cores, 3),
+        "orbitflow": orbitflow or None,
+    }
+
+
+def _after(client: Client) -> tuple[dict[str, Any] | None, str | None]:
+    """OrbitFlow's section once the server is idle; or what is wrong with the server."""
+    try:
+        client.wait_idle(timeout_s=60)
+        return client.orbitflow()[0], None
+    except (TimeoutError, requests.RequestException, RequestFailed) as error:
+        return None, f"{type(error).__name__}: {error}"[:500]
+
+
+def _calibration(
+    results: Results, options: argparse.Namespace, setup: Setup, mix: Mix
+) -> Calibration:
+    if results.calibration is None:
+        print(f"Calibrating with {options.calibrate_with} ...", flush=True)
+        trace = draw(mix, options.requests, options.seed)
+        measured = calibrate(options.calibrate_with, setup, mix, trace, options.seed)
+        results.calibrated(measured.as_dict())
+    calibration = Calibration(**results.calibration or {})
+    numbers = calibration.numbers(setup, mix)
+    print(
+        f"t {numbers['t_s'] * 1e3:.1f} ms with {calibration.step_requests} requests, "
+        f"h {numbers['h_bytes'] / 1e6:.2f} MB, arena {setup.arena_bytes / 1e6:.1f} MB, "
+        f"rho {numbers['rho']:.3f}, s {numbers['s']:.2f}, mu {numbers['mu']:.2f}\n"
+        f"prefill {calibration.prefill_s * 1e3:.1f} ms + "
+        f"{calibration.prefill_s_per_token * 1e3:.3f} ms/token, load 1 = "
+        f"{calibration.load_1_requests_per_s:.3f} requests/s "
+        f"(drained in {calibration.drain_s:.0f} s, {calibration.drain_errors} errors)",
+        flush=True,
+    )
+    if calibration.others_cores > DISTURBED_CORES:
+        print(
+            f"DISTURBED: others used {calibration.others_cores:.1f} cores meanwhile, so load 1 is "
+            f"too low and SLOs are too lax; to measure again, delete {results.folder}",
+            flush=True,
+        )
+    return calibration
+
+
+def _outcome(results: Results, cell: Cell) -> str:
+    rows = [from_row(row) for row in results.rows if Cell.of(row) == cell]
+    found = summary.metrics(rows)
+    run = results.runs[-1]
+    others = run["others_cores"]
+    disturbed = f", DISTURBED: others used {others:.1f} cores" * (others > DISTURBED_CORES)
+    return (
+        f"good {found['good']:.2f}, strict {found['strict']:.2f}, TTFT ok {found['ttft_ok']:.2f}, "
+        f"TPOT ok {found['tpot_ok']:.2f}, {summary.tokens_per_s(rows):.0f} tokens/s in "
+        f"{summary.makespan_s(rows):.0f} s, {found['errors']} errors, {run['mismatches']} with "
+        f"other ids{', ' + run['problem'] if run['problem'] else ''}{disturbed}"
+    )
+
+
+def _write_summary(
+    results: Results,
+    calibration: Calibration,
+    argv: Sequence[str],
+    options: argparse.Namespace,
+    setup: Setup,
+    mix: Mix,
+    failed: Sequence[str],
+) -> None:
+    found = summary.summarise(results.rows, results.runs, options.baseline)
+    known = {run["contestant"] for run in results.runs}
+    targets = calibration.targets(_seconds(options.ttft_slo_ms), _seconds(options.tpot_slo_ms))
+    result = {
+        "settings": results.settings,
+        "calibration": calibration.as_dict() | calibration.numbers(setup, mix),
+        "targets": targets.as_dict(),
+        "not_measured": list(failed),
+        "server_args": {name: contestants.flags(name, setup) for name in sorted(known)},
+    }
+    table = summary.markdown(found)
+    (options.out / "summary.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}")
+    write_result(options.out / "summary.json", argv, result | found)
+
+
+def _settings(options: argparse.Namespace, setup: Setup, mix: Mix) -> dict[str, Any]:
+    """What must be the same in every cell of a folder."""
+    return {
+        "setup": setup.as_dict(),
+        "mix": vars(mix),
+        "requests": options.requests,
+        "seed": options.seed,
+        "calibrate_with": options.calibrate_with,
+        "ttft_slo_ms": options.ttft_slo_ms,
+        "tpot_slo_ms": options.tpot_slo_ms,
+    }
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    return Setup(
+        arena_tokens=options.arena_tokens,
+        link_gb_per_s=options.link_gb_per_s,
+        host_memory_gb=options.host_memory_gb,
+        threads=options.threads,
+        server_args=tuple(options.server_args.split()),
+    )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.live.compare",
+        description=(__doc__ or "").replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, default = parser.add_argument, Setup()
+    add("--quick", action="store_true", help="a smoke run: few requests, stock and static:1")
+    add("--contestants", nargs="+", metavar="NAME", help=" ".join(contestants.DEFAULT))
+    add("--baseline", default="orbitflow", help="of the paired differences (%(default)s)")
+    add("--loads", type=float, nargs="+", metavar="X", help="(0.9 1.2)")
+    add("--repeats", type=int, help="(3)")
+    add("--requests", type=int, help="of one run (200)")
+    add("--calibrate-with", metavar="NAME", help="whose drain is load 1 (queue)")
+    add("--ttft-slo-ms", type=float, help="(2000, or 5 unloaded prefills if longer)")
+    add("--tpot-slo-ms", type=float, help="(2 decode steps of a full arena)")
+    add("--cv", type=float, default=Mix.cv, help="of the time between arrivals (%(default)s)")
+    add("--arena-tokens", type=int, default=default.arena_tokens, help="(%(default)s)")
+    add("--link-gb-per-s", type=float, default=default.link_gb_per_s, help="(%(default)s)")
+    add("--host-memory-gb", type=float, default=default.host_memory_gb, help="(%(default)s)")
+    add("--threads", type=int, default=default.threads, help="of PyTorch (%(default)s)")
+    add("--server-args", default="", metavar="'ARGS'", help="for every server, last")
+    add("--seed", type=int, default=0, help="of traces, prompts and orders (%(default)s)")
+    add("--out", type=Path, help="folder (eval/results/cpu-live)")
+    add("--resume", action="store_true", help="skip the runs that the folder has")
+    add(
+        "--redo-disturbed",
+        type=float,
+        metavar="CORES",
+        help="with --resume: of finished runs "
+        "repeat those in which others used more than so many cores",
+    )
+    options = parser.parse_args(argv)
+    quick = options.quick
+    quick_contestants = ("stock", "static:1")
+    options.contestants = options.contestants or (
+        quick_contestants if quick else contestants.DEFAULT
+    )
+    options.loads = options.loads or ([1.0] if quick else [0.9, 1.2])
+    options.repeats = options.repeats or (1 if quick else 3)
+    options.requests = options.requests or (16 if quick else 200)
+    options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
+    options.out = options.out or (QUICK_RESULTS / "live" if quick else RESULTS)
+    if quick and not options.resume:
+        shutil.rmtree(QUICK_RESULTS / "live", ignore_errors=True)
+    return options
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.live import contestants
+from eval.live.calibrate import Calibration
+from eval.live.compare import cells
+from eval.live.contestants import Setup, flags
+from eval.live.metrics import Generated
+from eval.live.records import (
+    CannotResume,
+    Cell,
+    Results,
+    first_difference,
+    from_row,
+    to_row,
+)
+from eval.live.replay import Answer, read_event
+from eval.live.summary import markdown, summarise
+from eval.live.workload import LiveRequest, Mix
+from orbitflow_sglang.slo import SLO
+
+pytestmark = pytest.mark.unit
+SETTINGS = {"requests": 2, "mix": {"short_input": (1, 2)}}
+RUN = {"problem": None, "failed_idle_checks": 0, "most_late_s": 0.002}
+
+
+def answer(rid: str, at_s: float = 0.5, ids: tuple[int, ...] = (7, 8, 9)) -> Answer:
+    request = LiveRequest(1.0, 10, 3, rid, SLO(1.0, 0.5))
+    events = [(1.0 + at_s, 1), (1.25 + at_s, 3)]
+    return Answer(request, 1.001, events, list(ids), "length")
+
+
+def results(folder: Path, resume: bool = False, **settings: Any) -> Results:
+    return Results(folder, SETTINGS | settings, resume)
+
+
+def test_finished_cells_are_there_after_a_restart(tmp_path: Path) -> None:
+    first = results(tmp_path)
+    first.calibrated({"step_s": 0.01})
+    first.add(Cell(0, 0.9, "stock"), [answer("a"), answer("b")], RUN)
+    again = results(tmp_path, resume=True)
+    assert again.done == {Cell(0, 0.9, "stock")}
+    assert again.calibration == {"step_s": 0.01}
+    assert again.rows == first.rows and again.references == first.references
+    again.add(Cell(0, 0.9, "swap"), [answer("a"), answer("b")], RUN)
+    third = results(tmp_path, resume=True)
+    assert len(third.done) == 2 and len(third.rows) == 4
+
+
+def test_results_are_not_mixed_or_overwritten_by_accident(tmp_path: Path) -> None:
+    results(tmp_path).add(Cell(0, 0.9, "stock"), [answer("a")], RUN)
+    with pytest.raises(CannotResume, match="--resume"):
+        results(tmp_path)
+
+
+def test_other_settings_cannot_be_added_to_results(tmp_path: Path) -> None:
+    first = results(tmp_path)
+    first.calibrated({"step_s": 0.01})
+    first.add(Cell(0, 0.9, "stock"), [answer("a")], RUN)
+    with pytest.raises(CannotResume, match="other requests"):
+        results(tmp_path, resume=True, requests=3)
+
+
+def test_a_calibration_alone_is_not_kept_for_other_settings(tmp_path: Path) -> None:
+    results(tmp_path).calibrated({"step_s": 0.01})
+    assert results(tmp_path).calibration == {"step_s": 0.01}
+    assert results(tmp_path, requests=3).calibration is None
+
+
+def test_a_run_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+    first = results(tmp_path)
+    first.add(Cell(0, 0.9, "stock"), [answer("a")], RUN)
+    first.add(Cell(0, 0.9, "swap"), [answer("a")], RUN)
+    runs = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text(runs[0] + "\n")  # its requests were stored, not it
+    again = results(tmp_path, resume=True)
+    assert again.done == {Cell(0, 0.9, "stock")} and len(again.rows) == 1
+
+
+def test_a_disturbed_run_can_be_done_again(tmp_path: Path) -> None:
+    first = results(tmp_path)
+    first.add(Cell(0, 0.9, "calm"), [answer("a")], RUN | {"others_cores": 0.05})
+    first.add(Cell(0, 0.9, "disturbed"), [answer("a")], RUN | {"others_cores": 0.9})
+    assert len(results(tmp_path, resume=True).done) == 2
+    again = Results(tmp_path, SETTINGS, resume=True, redo_disturbed=0.2)
+    assert again.done == {Cell(0, 0.9, "calm")} and len(again.rows) == 1
+
+
+def test_other_ids_than_the_first_contestants_are_counted(tmp_path: Path) -> None:
+    store = results(tmp_path)
+    failed = answer("a", ids=())
+    failed.error = "timeout"
+    assert store.add(Cell(0, 0.9, "first"), [failed, answer("b")], RUN) == 0
+    assert store.add(Cell(0, 0.9, "second"), [answer("a"), answer("b")], RUN) == 0
+    other = [answer("a", ids=(7, 8, 1)), answer("b")]
+    assert store.add(Cell(0, 1.2, "third"), other, RUN) == 1
+    assert store.rows[-2]["mismatch_at"] == 2
+    # Another repeat has other prompts.
+    assert store.add(Cell(1, 0.9, "third"), other, RUN) == 0
+
+
+def test_first_difference() -> None:
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2], [1, 3]) == 1
+    assert first_difference([1, 2], [1]) == 1
+
+
+def test_a_line_holds_what_the_metrics_need() -> None:
+    one = answer("a")
+    one.orbitflow = {"generated": {"ttft_s": 0.4, "tpot_s": 0.1, "max_tbt_s": 0.2}}
+    row = json.loads(json.dumps(to_row(one) | {"repeat": 2}))
+    served = from_row(row)
+    assert served.token_s == pytest.approx((0.5, 0.75, 0.75))
+    assert served.complete and served.asked_tokens == 3
+    assert served.slo == SLO(1.0, 0.5)
+    assert served.generated == Generated(0.4, 0.1, 0.2)
+    assert row["late_s"] == 0.001
+
+
+def test_events_of_a_stream_become_token_times_and_errors() -> None:
+    one = Answer(LiveRequest(1.0, 10, 3, "a"))
+    read_event(one, 1.5, {"output_ids": [4], "meta_info": {"finish_reason": None}})
+    final = {"finish_reason": {"type": "length"}, "orbitflow": {"generated": {}}}
+    read_event(one, 2.0, {"output_ids": [4, 5, 6], "meta_info": final})
+    assert one.token_s == [0.5, 1.0, 1.0] and one.output_ids == [4, 5, 6]
+    assert one.finish_reason == "length" and one.orbitflow == {"generated": {}}
+    assert one.error is None
+    read_event(one, 2.1, {"error": {"message": "no"}})
+    assert "no" in str(one.error)
+    aborted = Answer(LiveRequest(1.0, 10, 3, "a"))
+    abort = {"finish_reason": {"type": "abort", "message": "too long"}}
+    read_event(aborted, 2.0, {"output_ids": [], "meta_info": abort})
+    assert aborted.error == "abort: too long"
+
+
+def test_every_repeat_and_load_has_each_contestant_once_in_an_order_of_its_own() -> None:
+    names = ["a", "b", "c", "d"]
+    drawn = cells(names, [0.9, 1.2], 10, seed=0)
+    assert len(drawn) == len(set(drawn)) == 80
+    orders = {
+        tuple(cell.contestant for cell in drawn[start : start + 4]) for start in range(0, 80, 4)
+    }
+    assert len(orders) > 5
+    assert drawn == cells(list(reversed(names)), [0.9, 1.2], 10, seed=0)
+
+
+def test_contestants_differ_in_nothing_but_policy() -> None:
+    setup = Setup()
+    swap, paced = flags("swap+order", setup), flags("orbitflow:no-pause@paced", setup)
+    at = swap.index("--orbitflow-policy") + 1
+    assert swap[at] == "swap+order" and paced[at] == "orbitflow:no-pause"
+    assert swap[:at] == paced[:at] and swap[at + 1 :] == paced[at + 1 :]
+    stock = flags("stock", setup)
+    assert not any("--orbitflow" in arg for arg in stock) and "--max-total-tokens" in stock
+    for name in ("stok", "stock@paced", "orbitflow:no-such-rule"):
+        with pytest.raises(ValueError):
+            contestants.check(name)
+    for name in contestants.DEFAULT:
+        contestants.check(name)
+
+
+def test_numbers_of_a_calibration() -> None:
+    calibration = Calibration("queue", 0.01, 5, 0.0, 0.0002, 1.5, 100.0, 0, 0.0)
+    mix = Mix((100, 100), (300, 300), (200, 200), (200, 200))
+    numbers = calibration.numbers(Setup(arena_tokens=3000, link_gb_per_s=0.5), mix)
+    assert numbers["h_bytes"] == pytest.approx(5e6)
+    assert numbers["rho"] == pytest.approx(5e6 / (3000 * 8192))
+    # 10 requests of 300 tokens fill the arena: 200 steps against 10 prefills of 200 tokens.
+    assert numbers["mu"] == pytest.approx(200 * 0.01 / (10 * 200 * 0.0002))
+    targets = calibration.targets()
+    assert targets.tpot_s == pytest.approx(0.02) and targets.of(10).ttft_s == 2.0
+    assert calibration.targets(ttft_s=0.1).of(10_000).ttft_s == 0.1
+
+
+def test_the_summary_has_every_contestant_and_the_baseline_against_each(tmp_path: Path) -> None:
+    store = results(tmp_path)
+    for repeat in range(2):
+        fast = [answer("a"), answer("b")]
+        store.add(Cell(repeat, 0.9, "orbitflow"), fast, RUN)
+        store.add(Cell(repeat, 0.9, "stock"), [answer("a"), answer("b", 3.0)], RUN)
+    found = summarise(store.rows, store.runs, "orbitflow")
+    load = found["loads"]["0.9"]
+    assert load["contestants"]["orbitflow"]["good"] == 1.0
+    assert load["contestants"]["stock"]["good"] == 0.5
+    difference = load["differences"]["stock"]["good"]
+    assert difference["value"] == 0.5 and difference["by_repeat"] == [0.5, 0.5]
+    assert list(load["differences"]) == ["stock"]
+    json.dumps(found, allow_nan=False)
+    table = markdown(found)
+    assert table.index("`orbitflow` |") < table.index("`stock` |")
+    assert "## Load 0.9" in table and "+50.0" in table
+    assert summarise(store.rows, store.runs, "nobody")["loads"]["0.9"]["differences"] == {}
