@@ -68,7 +68,7 @@ def test_costs_are_measured_once_and_nothing_is_left_of_it(stock: Stock, tmp_pat
             assert fresh[place]["free"] == fresh[place]["pages"], (place, fresh)
         assert fresh["h2d"]["bytes"] == fresh["d2h"]["bytes"] == 0
         assert fresh["failed_idle_checks"] == 0
-        assert fresh["policy"] == "static:1"
+        assert fresh["policy"] == "orbitflow"
         answers = running.generate_many(WANTED, CONCURRENCY)
         assert_nothing_is_left(running)
     measured = fresh["profile"]
@@ -94,7 +94,7 @@ def test_costs_are_measured_once_and_nothing_is_left_of_it(stock: Stock, tmp_pat
 @in_full_only
 @pytest.mark.parametrize("page_size", ["1", "64"])
 def test_costs_are_measured_with_small_and_large_pages(tmp_path: Path, page_size: str) -> None:
-    with server(tmp_path, *SLOW_LINK, "--page-size", page_size, policy="all-host") as running:
+    with server(tmp_path, *SLOW_LINK, "--page-size", page_size) as running:
         state = state_of(running)
         assert state["profile"]["source"] == "measured"
         assert_sensible(state["profile"])
@@ -112,7 +112,7 @@ def test_without_a_host_store_no_plan_counts_on_the_link(tmp_path: Path) -> None
         assert page_s == pytest.approx(1), "far more than a step takes"
 
 
-@pytest.mark.parametrize("policy", ["resident", "static:1"])
+@pytest.mark.parametrize("policy", ["static:1", "orbitflow"])
 def test_what_never_plans_measures_nothing_and_a_given_file_is_used(
     tmp_path: Path, policy: str
 ) -> None:
@@ -122,7 +122,7 @@ def test_what_never_plans_measures_nothing_and_a_given_file_is_used(
     with server(folder, *SIZES, "--orbitflow-profile", str(given), policy=policy) as running:
         profile = state_of(running)["profile"]
     assert not folder.exists()
-    if policy == "resident":
+    if policy == "static:1":
         assert profile is None
     else:
         assert profile["source"] == "file"

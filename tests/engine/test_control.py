@@ -82,7 +82,12 @@ SETTINGS = (
     Setting("alternating"),
     Setting("sampled", NO_OVERLAP, sampled=True, pauses=2),
     Setting("deposit", ("--orbitflow-tpot-slo-ms", "30"), deposit=True),
-    Setting("mixed", ("--enable-mixed-chunk", "--chunked-prefill-size", "64"), logprobs=False, mixed_steps=100 if FULL else 20),
+    Setting(
+        "mixed",
+        ("--enable-mixed-chunk", "--chunked-prefill-size", "64"),
+        logprobs=False,
+        mixed_steps=100 if FULL else 20,
+    ),
     Setting("paper", ("--orbitflow-policy", "paper")),
     Setting("swap", ("--orbitflow-policy", "swap+order")),
 )
