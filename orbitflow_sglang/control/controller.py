@@ -31,6 +31,8 @@ from orbitflow_sglang.slo import STRICT_GAP_S
 MIN_RUN_STEPS = 4  # that a request decodes between two pauses
 AVERAGE_SHARE = 0.1  # of a finished request in the averages
 REMEMBERED_REASONS = 64
+AVERAGE_STEP_SHARE = 0.02
+LONGEST_COUNTED_S = 1.0  # between two decode steps: more is a pause of the server
 
 
 class Costs(Protocol):
@@ -92,13 +94,25 @@ class Controller:
         self._plan_steps = 0
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
         self._average_prompt, self._average_output = 0.0, 0.0
+        self._decoded_at: float | None = None
+        self._pace_s = 0.0  # between decode steps, prefill between them included
 
     # --- what happened --------------------------------------------------------
 
-    def stepped(self, prefill: bool) -> None:
-        """A step was run: with prompt tokens, or only decoding."""
+    def stepped(self, prefill: bool, now: float) -> None:
+        """A step begins: with prompt tokens, or only decoding."""
         self._since_chunk = 0 if prefill else self._since_chunk + 1
         self._plan_steps += 1
+        if not prefill:
+            if self._decoded_at is not None:
+                gap = min(now - self._decoded_at, LONGEST_COUNTED_S)
+                share = AVERAGE_STEP_SHARE if self._pace_s else 1.0
+                self._pace_s += share * (gap - self._pace_s)
+            self._decoded_at = now
+
+    def idle(self) -> None:
+        """Nothing runs."""
+        self._decoded_at = None
 
     def drifted(self) -> None:
         """Measured steps disagree with predicted ones: plan again."""
@@ -315,7 +329,7 @@ class Controller:
         more: list[str] = []
         running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
         for wants in ordered:
-            if running >= self.machine.max_running:
+            if running >= self.machine.max_running or not self._affordable(scene, wants, running):
                 break
             if not self._fits(scene, wants, running):
                 victim = self._make_way(scene, wants, [*gone, *more])
@@ -345,10 +359,14 @@ class Controller:
             wanted += view.max_new_tokens // size * layers
         if wants.paused:
             wanted += self.machine.layers * running  # so that it is not set aside again at once
-        committed = None
-        if self.spec.has("admission") and self.spec.has("pause") and not wants.paused:
-            committed = self._committed(scene)
-        return rules.admits(scene.used, wanted, int(min(scene.room, 2**60)), committed)
+        return rules.fits(scene.used, wanted, scene.room)
+
+    def _affordable(self, scene: _Scene, wants: Candidacy, running: int) -> bool:
+        """Whether a newcomer leaves those on time what they need of memory in turns."""
+        looked_at = self.spec.has("admission") and self.spec.has("pause")
+        if wants.paused or running == 0 or not looked_at:
+            return True
+        return rules.fits(self._committed(scene), wants.pages, scene.room)
 
     def _committed(self, scene: _Scene) -> int:
         """Pages that requests with time left need of memory to stay on time."""

@@ -159,10 +159,10 @@ def committed_share(step_s: float, pace_s: float, paced: bool) -> float:
     return min(1.0, step_s / pace_s) if paced and pace_s > 0 else 1.0
 
 
-def admits(used: int, wanted: int, room: int, committed: float | None) -> bool:
-    """Whether ``wanted`` pages fit beside ``used``, and beside what on-time requests will
-    need of memory in turns (``committed``; None: not looked at)."""
-    return used + wanted <= room and (committed is None or committed + wanted <= room)
+def fits(used: float, wanted: int, room: float) -> bool:
+    """Whether ``wanted`` pages fit beside those ``used``, or beside what on-time requests will
+    need of memory in turns."""
+    return used + wanted <= room
 
 
 # --- chunks ---------------------------------------------------------------------

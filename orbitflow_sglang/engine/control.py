@@ -167,7 +167,7 @@ class SchedulerControl:
         self._measure(now)
         prefill = batch.forward_mode.is_extend()
         self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
-        self.controller.stepped(prefill)
+        self.controller.stepped(prefill, now)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
         context = sum(lengths)
         store = self._runtime.store
@@ -189,6 +189,7 @@ class SchedulerControl:
     def idle(self) -> None:
         """Nothing runs: the time until the next step belongs to none."""
         self._launched = None
+        self.controller.idle()
 
     def _measure(self, now: float) -> None:
         step, self._launched = self._launched, None

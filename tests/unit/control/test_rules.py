@@ -164,13 +164,6 @@ def test_by_arrival_who_was_served_first_goes_on_first() -> None:
 # --- admission ------------------------------------------------------------------
 
 
-def test_admission_by_room_and_by_what_is_committed() -> None:
-    assert rules.admits(used=60, wanted=40, room=100, committed=None)
-    assert not rules.admits(used=61, wanted=40, room=100, committed=None)
-    assert rules.admits(used=60, wanted=40, room=100, committed=60)
-    assert not rules.admits(used=20, wanted=40, room=100, committed=61)
-
-
 def test_a_paced_request_is_committed_for_its_share_of_the_time() -> None:
     assert rules.committed_share(0.02, 0.04, paced=True) == 0.5
     assert rules.committed_share(0.02, 0.01, paced=True) == 1.0
