@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from orbitflow_sglang.control import rules
 from orbitflow_sglang.control.planning import WINDOW_STEPS, Planning, Worker, placement_of
 from orbitflow_sglang.control.policies import PolicySpec
 from orbitflow_sglang.control.rules import Candidacy, Candidate
+from orbitflow_sglang.control.scene import Scene, pages_ahead, pages_used
 from orbitflow_sglang.control.view import (
     NOTHING,
     Machine,
     Observation,
     RequestView,
     StepDecision,
-    UnitView,
 )
 from orbitflow_sglang.planner.problem import IntArray
 from orbitflow_sglang.slo import STRICT_GAP_S
@@ -50,25 +49,6 @@ class Costs(Protocol):
 
     def planned(self) -> None:
         """A plan was made with what things take by now."""
-
-
-@dataclass
-class _Scene:
-    """One step's requests by what they do, and what memory is worth."""
-
-    now: float
-    decoding: list[RequestView] = field(default_factory=list)
-    prefilling: list[RequestView] = field(default_factory=list)
-    paused: list[RequestView] = field(default_factory=list)
-    waiting: list[RequestView] = field(default_factory=list)
-    step_s: float = 0.0
-    hidden_pages: float = 0.0
-    budget_pages: int = 0
-    room: float = 0.0  # pages that may be in use together, tails included
-    used: int = 0  # by those decoding, prefilling or coming back
-    mu: float = math.inf
-    shared: Sequence[UnitView] | None = None  # None: not looked at
-    reasons: list[str] = field(default_factory=list)
 
 
 class Controller:
@@ -131,9 +111,13 @@ class Controller:
 
     def decide(self, obs: Observation) -> StepDecision:
         """What the engine does before and in its next step."""
-        scene = self._sort(obs)
+        scene = Scene.of(obs)
         crowded = bool(scene.waiting or scene.prefilling or scene.paused)
-        if not crowded and self._placed is None and self._naive(scene.decoding) <= self._simple():
+        if (
+            not crowded
+            and self._placed is None
+            and self._pages(scene.decoding) <= self.machine.main_pages
+        ):
             return NOTHING
         self._weigh(scene, obs)
         pause = self._overflow(scene)
@@ -162,43 +146,13 @@ class Controller:
 
     # --- the scene ------------------------------------------------------------
 
-    def _sort(self, obs: Observation) -> _Scene:
-        scene = _Scene(obs.now)
-        lists = {
-            "decode": scene.decoding,
-            "prefill": scene.prefilling,
-            "paused": scene.paused,
-            "waiting": scene.waiting,
-        }
-        for view in obs.requests:
-            lists[view.phase].append(view)
-        return scene
+    def _pages(self, views: Iterable[RequestView]) -> int:
+        return pages_ahead(views, self.machine)
 
-    def _naive(self, views: Iterable[RequestView]) -> int:
-        """Pages of these requests a few steps ahead, tails included, prefixes counted twice."""
-        size, layers = self.machine.page_size, self.machine.layers
-        total = 0
-        for view in views:
-            tokens = view.tokens + rules.GROWTH_STEPS
-            if view.phase in ("prefill", "waiting"):
-                tokens = max(tokens, view.prompt_tokens + rules.GROWTH_STEPS)
-            total += tokens // size + 1
-        return total * layers
+    def _used(self, scene: Scene, views: Sequence[RequestView]) -> int:
+        return pages_used(scene, views, self.machine)
 
-    def _simple(self) -> int:
-        return self.machine.main_pages
-
-    def _used(self, scene: _Scene, views: Sequence[RequestView]) -> int:
-        """Pages of these requests; what they share counts once."""
-        total = self._naive(views)
-        if scene.shared:
-            rids = {view.rid for view in views}
-            for unit in scene.shared:
-                users = sum(user in rids for user in unit.users)
-                total -= max(0, users - 1) * unit.pages * self.machine.layers
-        return total
-
-    def _weigh(self, scene: _Scene, obs: Observation) -> None:
+    def _weigh(self, scene: Scene, obs: Observation) -> None:
         machine, spec = self.machine, self.spec
         context = sum(view.tokens for view in scene.decoding)
         scene.step_s = max(1e-6, self.costs.compute_s(max(1, len(scene.decoding)), context))
@@ -218,16 +172,16 @@ class Controller:
             scene.room = math.inf
         else:
             scene.room = rules.capacity(machine.main_pages, 0, scene.budget_pages, machine.layers)
-        if self._naive([*scene.decoding, *scene.prefilling, *scene.paused]) > scene.room:
+        if self._pages([*scene.decoding, *scene.prefilling, *scene.paused]) > scene.room:
             scene.shared = [unit for unit in obs.units() if len(unit.users) > 1]
         self._returning = {v.rid: None for v in scene.paused if v.rid in self._returning}
         scene.used = self._used(scene, self._active(scene))
 
-    def _active(self, scene: _Scene) -> list[RequestView]:
+    def _active(self, scene: Scene) -> list[RequestView]:
         back = [view for view in scene.paused if view.rid in self._returning]
         return [*scene.decoding, *scene.prefilling, *back]
 
-    def _mu(self, scene: _Scene) -> float:
+    def _mu(self, scene: Scene) -> float:
         """Decode seconds / prefill seconds at the memory limit; infinite while unknown."""
         if not self._average_prompt:
             return math.inf
@@ -240,7 +194,7 @@ class Controller:
 
     # --- setting aside and bringing back --------------------------------------
 
-    def _candidate(self, view: RequestView, scene: _Scene) -> Candidate:
+    def _candidate(self, view: RequestView, scene: Scene) -> Candidate:
         pace = view.slo.pace_s
         pages = view.tokens // self.machine.page_size * self.machine.layers
         return Candidate(
@@ -254,7 +208,7 @@ class Controller:
             tokens=view.tokens,
         )
 
-    def _lost(self, view: RequestView, scene: _Scene) -> bool:
+    def _lost(self, view: RequestView, scene: Scene) -> bool:
         """Whether the TPOT target is missed even if every token to come is computed at once."""
         pace = view.slo.pace_s
         if pace is None or view.first_token_s is None:
@@ -262,7 +216,7 @@ class Controller:
         left = max(0, view.max_new_tokens - view.generated)
         return view.deposit_s(scene.now) + left * max(0.0, pace - scene.step_s) < 0
 
-    def _pausable(self, scene: _Scene, gone: Sequence[str]) -> list[RequestView]:
+    def _pausable(self, scene: Scene, gone: Sequence[str]) -> list[RequestView]:
         return [
             view
             for view in scene.decoding
@@ -272,7 +226,7 @@ class Controller:
             and view.generated - self._resumed_at.get(view.rid, -MIN_RUN_STEPS) >= MIN_RUN_STEPS
         ]
 
-    def _overflow(self, scene: _Scene) -> list[str]:
+    def _overflow(self, scene: Scene) -> list[str]:
         """Whom to set aside because those that decode have outgrown memory."""
         gone: list[str] = []
         if self.spec.overflow != "pause" or self.spec.streaming == "all":
@@ -288,19 +242,19 @@ class Controller:
             self._set_aside(scene, gone, victim, "memory is full")
         return gone
 
-    def _set_aside(self, scene: _Scene, gone: Sequence[str], victim: Candidate, why: str) -> None:
+    def _set_aside(self, scene: Scene, gone: Sequence[str], victim: Candidate, why: str) -> None:
         scene.used = self._used(scene, [v for v in self._active(scene) if v.rid not in gone])
         self.counts["pauses"] += 1
         scene.reasons.append(f"pause {victim.rid}: {why}; ahead by {victim.deposit_s:.3f} s")
 
-    def _wanting(self, scene: _Scene) -> list[Candidacy]:
+    def _wanting(self, scene: Scene) -> list[Candidacy]:
         wanting = []
         for view in scene.waiting:
             slack = math.inf
             if view.slo.ttft_s is not None and view.first_token_s is None:
                 slack = view.arrival_s + view.slo.ttft_s - scene.now
                 slack -= self.costs.prefill_s(view.prompt_tokens, 0)
-            pages = self._naive([view])
+            pages = self._pages([view])
             wanting.append(
                 Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, False)
             )
@@ -311,35 +265,42 @@ class Controller:
             paced = able.paced and not able.late
             slack = able.deposit_s - able.reload_s if paced else (-1.0 if able.late else 0.0)
             since = scene.now if view.paused_s is None else view.paused_s
-            pages = self._naive([view])
+            pages = self._pages([view])
             owed = not able.paced and not able.late
             wanting.append(Candidacy(view.rid, since, view.arrival_s, slack, pages, True, owed))
         return wanting
 
-    def _grant(self, scene: _Scene, gone: Sequence[str]) -> list[str]:
+    def _grant(self, scene: Scene, gone: Sequence[str]) -> list[str]:
         """Let those in as far as there is room; may set others aside for an urgent one."""
         spec = self.spec
         wanting = self._wanting(scene)
         if spec.has("ordering"):
-            ordered = rules.by_slack(wanting, scene.now, self._grants)
+            ordered = rules.by_slack(wanting, self._grants)
         else:
             ordered = rules.by_arrival(wanting)
         self._ordered = ordered
         self._granted: set[str] = set()
         more: list[str] = []
         running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
+        newcomers = True  # until one of them finds no room: then it is kept for that one
         for wants in ordered:
-            if running >= self.machine.max_running or not self._affordable(scene, wants, running):
+            if running >= self.machine.max_running:
                 break
+            if not wants.paused:
+                newcomers = newcomers and self._affordable(scene, wants, running)
+                if not newcomers:
+                    continue
             if not self._fits(scene, wants, running):
                 victim = self._make_way(scene, wants, [*gone, *more])
-                if victim is None:
-                    break
-                more.append(victim.rid)
-                running -= 1
-                self._set_aside(scene, [*gone, *more], victim, f"{wants.rid} is urgent")
-                if not self._fits(scene, wants, running):
-                    break
+                if victim is not None:
+                    more.append(victim.rid)
+                    running -= 1
+                    self._set_aside(scene, [*gone, *more], victim, f"{wants.rid} is urgent")
+                if victim is None or not self._fits(scene, wants, running):
+                    if wants.paused:
+                        break
+                    newcomers = False
+                    continue
             running += 1
             scene.used += wants.pages
             self._granted.add(wants.rid)
@@ -349,7 +310,7 @@ class Controller:
                 scene.reasons.append(f"bring back {wants.rid}: slack {wants.slack_s:.3f} s")
         return more
 
-    def _fits(self, scene: _Scene, wants: Candidacy, running: int) -> bool:
+    def _fits(self, scene: Scene, wants: Candidacy, running: int) -> bool:
         if running == 0:
             return True  # alone it decodes whatever its size
         wanted = wants.pages
@@ -361,14 +322,14 @@ class Controller:
             wanted += self.machine.layers * running  # so that it is not set aside again at once
         return rules.fits(scene.used, wanted, scene.room)
 
-    def _affordable(self, scene: _Scene, wants: Candidacy, running: int) -> bool:
+    def _affordable(self, scene: Scene, wants: Candidacy, running: int) -> bool:
         """Whether a newcomer leaves those on time what they need of memory in turns."""
         looked_at = self.spec.has("admission") and self.spec.has("pause")
         if wants.paused or running == 0 or not looked_at:
             return True
         return rules.fits(self._committed(scene), wants.pages, scene.room)
 
-    def _committed(self, scene: _Scene) -> int:
+    def _committed(self, scene: Scene) -> int:
         """Pages that requests with time left need of memory to stay on time."""
         total = 0.0
         for view in [*scene.decoding, *scene.paused]:
@@ -376,10 +337,10 @@ class Controller:
             if self._lost(view, scene) and view.rid not in self._returning:
                 continue
             paced = view.slo.deposit and pace is not None and self.spec.has("deposit")
-            total += self._naive([view]) * rules.committed_share(scene.step_s, pace or 0.0, paced)
-        return int(total) + self._naive(scene.prefilling)
+            total += self._pages([view]) * rules.committed_share(scene.step_s, pace or 0.0, paced)
+        return int(total) + self._pages(scene.prefilling)
 
-    def _make_way(self, scene: _Scene, wants: Candidacy, gone: Sequence[str]) -> Candidate | None:
+    def _make_way(self, scene: Scene, wants: Candidacy, gone: Sequence[str]) -> Candidate | None:
         """Somebody ahead of schedule who leaves for an urgent request, by the pause rule."""
         if not self.spec.has("pause") or wants.slack_s >= rules.URGENT_STEPS * scene.step_s:
             return None
@@ -392,7 +353,7 @@ class Controller:
         pace = math.inf if view.slo.pace_s is None else view.slo.pace_s
         return rules.ahead(able, scene.step_s, pace, wants.slack_s)
 
-    def _returns(self, scene: _Scene) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _returns(self, scene: Scene) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Who decodes again now, and for whom pages are still fetched."""
         alone = not scene.decoding and not scene.prefilling
         resume, fetch = [], []
@@ -412,12 +373,12 @@ class Controller:
                 fetch.append(view.rid)
         return tuple(resume), tuple(fetch)
 
-    def _spare(self, scene: _Scene) -> int:
+    def _spare(self, scene: Scene) -> int:
         """Pages that a step can still fetch under its compute."""
         budget = int(rules.HIDDEN_SHARE * scene.hidden_pages) - self.streamed_pages
         return max(budget, int(scene.hidden_pages / 8), 1)
 
-    def _mirror(self, scene: _Scene, gone: Sequence[str]) -> tuple[str, ...]:
+    def _mirror(self, scene: Scene, gone: Sequence[str]) -> tuple[str, ...]:
         """Who may be set aside next: copied to the host ahead, so that it costs nothing then."""
         if self.spec.overflow != "pause" or not (scene.waiting or scene.paused):
             return ()
@@ -427,7 +388,7 @@ class Controller:
 
     # --- prefill --------------------------------------------------------------
 
-    def _admission(self, scene: _Scene) -> tuple[tuple[str, ...] | None, frozenset[str] | None]:
+    def _admission(self, scene: Scene) -> tuple[tuple[str, ...] | None, frozenset[str] | None]:
         if not scene.waiting:
             return None, None
         waiting = {view.rid for view in scene.waiting}
@@ -440,7 +401,7 @@ class Controller:
         """So many waiting requests have started."""
         self._grants += count
 
-    def _chunk(self, scene: _Scene) -> tuple[int | None, bool]:
+    def _chunk(self, scene: Scene) -> tuple[int | None, bool]:
         """Most tokens of the next prefill step, and whether it may come now."""
         if not self.spec.has("chunking") or not (scene.waiting or scene.prefilling):
             return None, True
@@ -457,13 +418,21 @@ class Controller:
         )  # fmt: skip
         return chunk.tokens, self._since_chunk >= chunk.every
 
-    def _gap(self, view: RequestView, scene: _Scene) -> float:
-        """Time until the next token of ``view`` must be there; infinite where none is due."""
+    def _gap(self, view: RequestView, scene: Scene) -> float:
+        """Time that a chunk may take from ``view``; infinite where it has no target to lose.
+
+        A mean (TPOT) can be made up for by the tokens to come, a gap (TBT) cannot.
+        """
         pace = view.slo.pace_s
         if pace is None or view.last_token_s is None or self._lost(view, scene):
             return math.inf
+        left = min(rules.RECOVERY_TOKENS, max(0, view.max_new_tokens - view.generated))
         due = view.deposit_s(scene.now) + pace
-        if view.slo.deposit and self.spec.has("deposit"):
+        paced = view.slo.deposit and self.spec.has("deposit")
+        if paced and view.slo.tbt_s is not None:
+            return due
+        due += left * max(0.0, pace - scene.step_s)
+        if paced:
             return due
         longest = STRICT_GAP_S if view.slo.tbt_s is None else view.slo.tbt_s
         return min(due, view.last_token_s + longest - scene.now)
@@ -471,7 +440,7 @@ class Controller:
     # --- placement ------------------------------------------------------------
 
     def _place(
-        self, scene: _Scene, obs: Observation, gone: Sequence[str]
+        self, scene: Scene, obs: Observation, gone: Sequence[str]
     ) -> tuple[dict[str, IntArray] | None, tuple[str, ...]]:
         """Where the pages of those that decode live, if that has to be said anew; and whom the
         authors' plan sets aside."""

@@ -17,11 +17,12 @@ LEAST_MU = 1.0  # below, prefill is the bottleneck and memory is not
 URGENT_STEPS = 6  # so many steps before a deadline a request is urgent
 GROWTH_STEPS = 8  # that an admission leaves room for
 RELOAD_MARGIN = 2.0  # a pause has to cover so many reloads
+COMMITTED_MARGIN = 1.3  # taking turns is not perfect: reloads, and turns that come late
 AGEING_SHARE = 8  # one admission in so many goes to who has waited longest
-LONGEST_WAIT_S = 30.0  # who has waited longer comes first
 MIN_CHUNK_TOKENS = 64
 MAX_STEPS_BETWEEN_CHUNKS = 8
 CHUNK_SHARE = 0.95  # of the gap that a chunk may take
+RECOVERY_TOKENS = 64  # within so many a request may make up for a chunk, where it decodes faster
 
 
 # --- streaming ------------------------------------------------------------------
@@ -124,16 +125,14 @@ class Candidacy:
     owed: bool  # paused although its client sees the stall: comes before newcomers
 
 
-def by_slack(wanting: Sequence[Candidacy], now: float, grants: int) -> list[Candidacy]:
+def by_slack(wanting: Sequence[Candidacy], grants: int) -> list[Candidacy]:
     """Least slack first; who is late anyway comes last; nobody waits for ever.
 
     ``grants`` counts those started so far: every ``AGEING_SHARE``-th place goes to who has
-    waited longest, and who has waited beyond ``LONGEST_WAIT_S`` comes first.
+    waited longest.
     """
 
     def key(c: Candidacy) -> tuple[int, float, float]:
-        if now - c.since_s > LONGEST_WAIT_S:
-            return 0, c.since_s, c.arrival_s
         if c.owed:
             return 1, c.since_s, c.arrival_s
         return (3, c.arrival_s, 0.0) if c.slack_s < 0 else (2, c.slack_s, c.arrival_s)
@@ -156,7 +155,7 @@ def by_arrival(wanting: Sequence[Candidacy]) -> list[Candidacy]:
 
 def committed_share(step_s: float, pace_s: float, paced: bool) -> float:
     """The share of the time that a request has to be in memory to meet its SLO."""
-    return min(1.0, step_s / pace_s) if paced and pace_s > 0 else 1.0
+    return min(1.0, COMMITTED_MARGIN * step_s / pace_s) if paced and pace_s > 0 else 1.0
 
 
 def fits(used: float, wanted: int, room: float) -> bool:

@@ -125,24 +125,19 @@ def test_least_slack_first_and_the_late_last() -> None:
         wanting("urgent", slack_s=0.2),
         wanting("no deadline", slack_s=math.inf),
     ]
-    assert ids(rules.by_slack(some, 11.0, 0)) == ["urgent", "calm", "no deadline", "late"]
+    assert ids(rules.by_slack(some, 0)) == ["urgent", "calm", "no deadline", "late"]
 
 
 def test_an_interrupted_client_comes_before_newcomers() -> None:
     some = [wanting("new", slack_s=0.1), wanting("stalled", paused=True, owed=True, slack_s=0.0)]
-    assert ids(rules.by_slack(some, 11.0, 0)) == ["stalled", "new"]
+    assert ids(rules.by_slack(some, 0)) == ["stalled", "new"]
 
 
 def test_every_eighth_place_goes_to_who_has_waited_longest() -> None:
     some = [wanting("new", slack_s=0.1), wanting("late", slack_s=-9.0, since_s=1.0)]
     for grants in range(24):
-        first = ids(rules.by_slack(some, 11.0, grants))[0]
+        first = ids(rules.by_slack(some, grants))[0]
         assert first == ("late" if grants % 8 == 7 else "new")
-
-
-def test_nobody_waits_for_ever() -> None:
-    some = [wanting("new", slack_s=0.1), wanting("late", slack_s=-9.0, since_s=1.0)]
-    assert ids(rules.by_slack(some, 32.0, 0))[0] == "late"
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 50), st.booleans()), max_size=12))
@@ -151,7 +146,7 @@ def test_ordering_loses_nobody(rows: list[tuple[float, float, bool]]) -> None:
         wanting(str(i), slack_s=slack, since_s=since, paused=paused)
         for i, (slack, since, paused) in enumerate(rows)
     ]
-    for ordered in (rules.by_slack(some, 60.0, 7), rules.by_arrival(some)):
+    for ordered in (rules.by_slack(some, 7), rules.by_arrival(some)):
         assert sorted(ids(ordered)) == sorted(ids(some))
 
 
@@ -165,7 +160,7 @@ def test_by_arrival_who_was_served_first_goes_on_first() -> None:
 
 
 def test_a_paced_request_is_committed_for_its_share_of_the_time() -> None:
-    assert rules.committed_share(0.02, 0.04, paced=True) == 0.5
+    assert rules.committed_share(0.02, 0.04, paced=True) == pytest.approx(0.65)  # 1.3 x 0.5
     assert rules.committed_share(0.02, 0.01, paced=True) == 1.0
     assert rules.committed_share(0.02, 0.04, paced=False) == 1.0
 

@@ -1,0 +1,65 @@
+"""One step as the controller looks at it, and what its requests take of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from orbitflow_sglang.control.rules import GROWTH_STEPS
+from orbitflow_sglang.control.view import Machine, Observation, RequestView, UnitView
+
+
+@dataclass
+class Scene:
+    """One step's requests by what they do, and what memory is worth. Times in seconds."""
+
+    now: float
+    decoding: list[RequestView] = field(default_factory=list)
+    prefilling: list[RequestView] = field(default_factory=list)
+    paused: list[RequestView] = field(default_factory=list)
+    waiting: list[RequestView] = field(default_factory=list)
+    step_s: float = 0.0
+    hidden_pages: float = 0.0
+    budget_pages: int = 0
+    room: float = 0.0  # pages that may be in use together, tails included
+    used: int = 0  # by those decoding, prefilling or coming back
+    mu: float = math.inf
+    shared: Sequence[UnitView] | None = None  # None: not looked at
+    reasons: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def of(obs: Observation) -> Scene:
+        """The requests of ``obs`` sorted by phase."""
+        scene = Scene(obs.now)
+        lists = {
+            "decode": scene.decoding,
+            "prefill": scene.prefilling,
+            "paused": scene.paused,
+            "waiting": scene.waiting,
+        }
+        for view in obs.requests:
+            lists[view.phase].append(view)
+        return scene
+
+
+def pages_ahead(views: Iterable[RequestView], machine: Machine) -> int:
+    """Pages of these requests a few steps ahead, tails included, prefixes counted twice."""
+    size, total = machine.page_size, 0
+    for view in views:
+        tokens = view.tokens + GROWTH_STEPS
+        if view.phase in ("prefill", "waiting"):
+            tokens = max(tokens, view.prompt_tokens + GROWTH_STEPS)
+        total += tokens // size + 1
+    return total * machine.layers
+
+
+def pages_used(scene: Scene, views: Sequence[RequestView], machine: Machine) -> int:
+    """The same with what these requests share counted once, where that was looked at."""
+    total = pages_ahead(views, machine)
+    if scene.shared:
+        rids = {view.rid for view in views}
+        for unit in scene.shared:
+            users = sum(user in rids for user in unit.users)
+            total -= max(0, users - 1) * unit.pages * machine.layers
+    return total
