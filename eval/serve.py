@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=os.environ.get("MODEL") or None,
         help="a model's folder (default: $MODEL, else the embedded tiny model)",
     )
-    parser.add_argument("--policy", default="static:1", help="OrbitFlow policy (%(default)s)")
+    parser.add_argument("--policy", default="orbitflow", help="OrbitFlow policy (%(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(%(default)s)")
     parser.add_argument("--stock", action="store_true", help="leave OrbitFlow off, to compare")
     return parser.parse_args(argv[:at]), list(argv[at + 1 :])

@@ -88,9 +88,14 @@ SETTINGS = (
         logprobs=False,
         mixed_steps=100 if FULL else 20,
     ),
-    Setting("paper", ("--orbitflow-policy", "paper")),
-    Setting("swap", ("--orbitflow-policy", "swap+order")),
 )
+if FULL:
+    SETTINGS += (
+        Setting("paper", ("--orbitflow-policy", "paper")),
+        Setting("swap", ("--orbitflow-policy", "swap+order")),
+        Setting("slices", ("--orbitflow-policy", "time-sliced-swap"), deposit=True),
+        Setting("no overlap", NO_OVERLAP, pauses=3),
+    )
 
 
 def sampling_of(setting: Setting, index: int) -> dict[str, Any]:
