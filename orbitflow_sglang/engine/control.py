@@ -83,6 +83,7 @@ class SchedulerControl:
         self.counts: Counter[str] = Counter()
         self.step_ratios: deque[float] = deque(maxlen=256)  # measured / predicted, decode steps
         self.longest_pause_s = 0.0
+        self.longest_wait_s = 0.0  # of a newcomer for its first step
         self._scheduler = scheduler
         self._runtime = runtime
         self._placer = runtime.placer
@@ -168,6 +169,8 @@ class SchedulerControl:
         prefill = batch.forward_mode.is_extend()
         self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
         self.controller.stepped(prefill, now)
+        if prefill:
+            self._note_waits(batch, now)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
         context = sum(lengths)
         store = self._runtime.store
@@ -185,6 +188,12 @@ class SchedulerControl:
             h2d_bytes=store.engine.h2d.bytes,
             h2d_busy_s=store.engine.h2d.busy_s,
         )
+
+    def _note_waits(self, batch: ScheduleBatch, now: float) -> None:
+        for req in batch.reqs:
+            view = self.views.get(req.rid)
+            if view is not None and view.phase == "waiting" and not view.generated:
+                self.longest_wait_s = max(self.longest_wait_s, now - view.arrival_s)
 
     def idle(self) -> None:
         """Nothing runs: the time until the next step belongs to none."""
@@ -253,6 +262,33 @@ class SchedulerControl:
             self._scheduler.running_batch = pausing.put_back(self._scheduler.running_batch, paused)
             self._end_of_pause(self.views[rid])
 
+    def make_room(self, batch: ScheduleBatch) -> None:
+        """Paused requests give up their KV before any that decodes has to.
+
+        Without this SGLang, which does not see them, would end the last request that runs.
+        """
+        while self.paused and not batch.check_decode_mem():
+            rid = min(self.paused, key=lambda r: len(self.paused[r].req.output_ids))
+            paused = self.paused.pop(rid)
+            self._end_of_pause(self.views[rid])
+            pausing.retract(self._scheduler, paused)
+            self.retracted([rid])
+
+    def retracted(self, rids: list[str]) -> None:
+        """Requests had to give up their KV: counted, and explained."""
+        self.counts["retractions"] += len(rids)
+        capacity, layout = self._runtime.store.capacity, self._runtime.store.layout
+        pages = (capacity.main_pages + capacity.host_pages) // layout.layers
+        if capacity.logical_pages < pages:
+            cure = "--max-total-tokens"
+        else:
+            cure = flag("host_memory_gb" if capacity.host_pages else "arena_tokens")
+        logger.warning(
+            "OrbitFlow: all %d tokens of arena and host store are in use, so %s must be computed "
+            "again; a larger %s avoids that",
+            capacity.logical_pages * layout.page_size, ", ".join(rids), cure,
+        )  # fmt: skip
+
     def live_paused(self) -> list[LiveRequest]:
         """Paused requests, as the runtime is to know them beside those that run."""
         return [
@@ -278,7 +314,9 @@ class SchedulerControl:
             "pauses_missed": self.counts["pauses_missed"],
             "resumes": self.counts["resumes"],
             "mixed_steps": self.counts["mixed_steps"],
+            "retractions": self.counts["retractions"],
             "longest_pause_s": self.longest_pause_s,
+            "longest_wait_s": self.longest_wait_s,
             "plans": dict(controller.planning.sources),
             "planner": {} if planner is None else dict(planner.counts),
             "step_ratio": statistics.median(self.step_ratios) if self.step_ratios else None,

@@ -27,6 +27,7 @@ _INTERNAL_STATE = (
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _OPENAI = "sglang.srt.entrypoints.openai"
+_LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
 
@@ -114,6 +115,13 @@ SCHEDULER = (
     Hook(f"{_SCHEDULER}.abort_request", HookType.AFTER, "scheduler:abort_request"),
     Hook(f"{_SCHEDULER}.pause_generation", HookType.BEFORE, "scheduler:pause_generation"),
     Hook(f"{_SCHEDULER}.on_idle", HookType.BEFORE, "scheduler:on_idle"),
+    Hook(f"{_SCHEDULER}.update_running_batch", HookType.BEFORE, "retraction:make_room"),
+    Hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        HookType.AFTER,
+        "retraction:retract_decode",
+    ),
+    Hook(f"{_LOADS}.get_loads", HookType.AFTER, "scheduler:get_loads"),
     Hook(f"{_STREAMER}.stream_output", HookType.BEFORE, "scheduler:stream_output"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),

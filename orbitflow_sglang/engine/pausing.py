@@ -81,6 +81,13 @@ def end(scheduler: Any, paused: Paused) -> None:
     scheduler.output_streamer.stream_output([req], req.return_logprob)
 
 
+def retract(scheduler: Any, paused: Paused) -> None:
+    """Give up the KV of a paused request, which waits again and is computed anew: what SGLang
+    does with running ones when every logical token is in use."""
+    paused.batch.release_req(0, 0)
+    scheduler._add_request_to_queue(paused.req, is_retracted=True)
+
+
 def _copied(info: Any, batch: ScheduleBatch) -> Any:
     """Sampling state of its own for ``batch``, equal to ``info``.
 

@@ -108,6 +108,14 @@ def inflight_batches(found: list[Any], scheduler: Scheduler) -> list[Any]:
     return [*found, *(paused.batch for paused in control.paused.values())]
 
 
+def get_loads(load: Any, inquirer: Any) -> Any:
+    """After ``get_loads``: who is paused holds KV and will decode, so it counts as running."""
+    runtime = Runtime.current
+    if runtime is not None and runtime.control is not None:
+        load.num_running_reqs += len(runtime.control.paused)
+    return load
+
+
 def abort_request(result: None, scheduler: Scheduler, recv_req: Any) -> None:
     """After ``abort_request``: paused requests need no last step to end."""
     control = control_of(scheduler)

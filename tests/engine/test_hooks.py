@@ -52,6 +52,8 @@ INTERNAL_STATE = (
 IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+RETRACT = "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode"
 DETOKENIZER = {
     "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
         "streaming.time_stats_state"
@@ -73,6 +75,9 @@ SCHEDULER = {
     f"{IN_SCHEDULER}.abort_request": "scheduler.abort_request",
     f"{IN_SCHEDULER}.pause_generation": "scheduler.pause_generation",
     f"{IN_SCHEDULER}.on_idle": "scheduler.on_idle",
+    f"{IN_SCHEDULER}.update_running_batch": "retraction.make_room",
+    RETRACT: "retraction.retract_decode",
+    f"{LOADS}.get_loads": "scheduler.get_loads",
     f"{STREAMER}.stream_output": "scheduler.stream_output",
     f"{IN_SCHEDULER}.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
