@@ -289,6 +289,14 @@ class SchedulerControl:
             capacity.logical_pages * layout.page_size, ", ".join(rids), cure,
         )  # fmt: skip
 
+    def forget_all(self) -> None:
+        """Every request that held KV has been ended, and every page given up."""
+        self.paused.clear()
+        self.decision = NOTHING
+        self._launched = None
+        self._placer.forget()
+        self.controller.planning.forget()
+
     def live_paused(self) -> list[LiveRequest]:
         """Paused requests, as the runtime is to know them beside those that run."""
         return [

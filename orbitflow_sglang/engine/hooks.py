@@ -122,6 +122,11 @@ SCHEDULER = (
         "retraction:retract_decode",
     ),
     Hook(f"{_LOADS}.get_loads", HookType.AFTER, "scheduler:get_loads"),
+    Hook(
+        "sglang.srt.managers.scheduler.dispatch_event_loop",
+        HookType.AROUND,
+        "scheduler:dispatch_event_loop",
+    ),
     Hook(f"{_STREAMER}.stream_output", HookType.BEFORE, "scheduler:stream_output"),
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),

@@ -54,6 +54,7 @@ def describe(runtime: Runtime, live: list[LiveRequest]) -> dict[str, Any]:
         "placements": runtime.placer.placements,
         "idle_checks": counters.idle_checks,
         "failed_idle_checks": counters.failed_idle_checks,
+        "failed_steps": counters.failed_steps,
         "decode_batch_sizes": {str(k): n for k, n in sorted(runtime.decode_batch_sizes.items())},
         "profile": _profile(runtime),
         "control": None if runtime.control is None else runtime.control.describe(),

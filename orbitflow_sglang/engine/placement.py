@@ -126,6 +126,10 @@ class PlanPlacer:
     def reset(self) -> None:
         """Forget what was placed so far."""
         self.placements = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is placed any more."""
         # Of each placed request: row index of its first own page, pages on the host [layers].
         self._placed: dict[str, tuple[int, np.ndarray]] = {}
         self._away: frozenset[str] = frozenset()

@@ -55,6 +55,7 @@ class Counters:
     tiered_steps: int = 0  # steps with tables: some page was on the host or had to move
     idle_checks: int = 0
     failed_idle_checks: int = 0
+    failed_steps: int = 0  # behind which all KV was given up
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from orbitflow_sglang.engine.control import SchedulerControl, build_control
 from orbitflow_sglang.engine.launcher import HANDSHAKE
 from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
+from orbitflow_sglang.engine.recovery import StepFailed, recover
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.residency import ResidencyError
 
 
 def runtime_of(scheduler: Scheduler) -> Runtime:
@@ -39,9 +41,12 @@ def run_batch(
     if runtime.control is not None:
         runtime.control.launch(batch)
     try:
-        return original(scheduler, batch, *args, **kwargs)
-    finally:
-        runtime.end()
+        try:
+            return original(scheduler, batch, *args, **kwargs)
+        finally:
+            runtime.end()
+    except ResidencyError as error:
+        raise StepFailed(batch) from error
 
 
 # --- what the controller decides ----------------------------------------------
@@ -152,6 +157,15 @@ def live_requests(scheduler: Scheduler, batch: Any) -> list[LiveRequest]:
         for req in {id(req): req for req in holders}.values()
         if req.kv.holds_kv and req.rid not in paused
     ] + ([] if control is None else control.live_paused())
+
+
+def dispatch_event_loop(original: Callable[[Any], None], scheduler: Scheduler) -> None:
+    """Around ``dispatch_event_loop``: begins anew behind a step that failed."""
+    while True:
+        try:
+            return original(scheduler)
+        except (StepFailed, ResidencyError) as error:
+            recover(scheduler, runtime_of(scheduler), error)
 
 
 def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:

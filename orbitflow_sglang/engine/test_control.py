@@ -5,6 +5,8 @@ comma-separated list of policies. ``{"orbitflow_policy": i}`` places by the i-th
 them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host copies of
 the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
+``{"orbitflow_hold": n}`` keeps every request that is paused then paused, and admits
+nobody else, until n = 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from orbitflow_sglang.control.view import Observation, StepDecision
 from orbitflow_sglang.engine.hooks import TEST_CONTROL_ENV
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.engine.scheduler import runtime_of
+from orbitflow_sglang.engine.test_faults import FAULTS
 from orbitflow_sglang.planner.policies import make_policy
 from orbitflow_sglang.residency.page_table import PageState
 
@@ -34,8 +37,9 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
     names = os.environ[TEST_CONTROL_ENV].split(",")
 
     def validate(key: str, value: Any) -> None:
-        if key == "orbitflow_policy" and not 0 <= int(value) < len(names):
-            raise UpdateRejected(f"{key} must index {names}")
+        known = {"orbitflow_policy": names, "orbitflow_fault": list(FAULTS)}.get(key)
+        if known is not None and not 0 <= int(value) < len(known):
+            raise UpdateRejected(f"{key} must index {known}")
 
     def set_policy(key: str, value: Any) -> None:
         runtime.set_policy(make_policy(names[int(value)]))
@@ -46,9 +50,17 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
     def pause(key: str, value: Any) -> None:
         runtime.control.force = _ForcedPauses(int(value)) if int(value) else None
 
+    def hold(key: str, value: Any) -> None:
+        runtime.control.force = _hold if int(value) else None
+
+    def fault(key: str, value: Any) -> None:
+        FAULTS[list(FAULTS)[int(value)]](runtime)
+
     return {
         **handlers,
         "orbitflow_pause": _UpdateHandler(validate, pause),
+        "orbitflow_hold": _UpdateHandler(validate, hold),
+        "orbitflow_fault": _UpdateHandler(validate, fault),
         "orbitflow_policy": _UpdateHandler(validate, set_policy),
         "orbitflow_corrupt": _UpdateHandler(validate, corrupt),
     }
@@ -66,6 +78,16 @@ class _Corruption:
             page = int(store.table.host_page[layers[0], pages[0]])
             store.host.k[page].add_(1)
             store.host.v[page].add_(1)
+
+
+def _hold(observation: Observation, decision: StepDecision) -> StepDecision:
+    """Whoever decodes is paused, and nobody comes back."""
+    pause = tuple(
+        view.rid
+        for view in observation.requests
+        if view.phase == "decode" and view.pausable and view.generated > 0
+    )
+    return replace(decision, pause=pause, resume=(), fetch=())
 
 
 class _ForcedPauses:

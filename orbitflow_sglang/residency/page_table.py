@@ -85,3 +85,11 @@ class PageTable:
     def break_extents(self, pages: np.ndarray) -> None:
         """Some layer of ``pages`` is about to leave: from here on each counts by itself."""
         self.extent[pages] = -1
+
+
+def whole_pages(columns: np.ndarray, count: int) -> slice:
+    """The first ``count`` of ``columns`` (ascending), and what else belongs to the last one."""
+    if count <= 0:
+        return slice(0)
+    last = columns[:count][-1:]
+    return slice(int(np.searchsorted(columns, last[0], "right")) if len(last) else 0)

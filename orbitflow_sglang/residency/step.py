@@ -33,6 +33,16 @@ class Step:
     # Pages of live requests outside this pass, their tails too.
     idle_pages: np.ndarray = field(default_factory=_no_pages)
 
+    def part(self, wanted: np.ndarray, page_size: int) -> tuple[list[np.ndarray], list[int]]:
+        """What is read, pages and tokens of each request, of the pages where ``wanted``, bool."""
+        reads, tokens = [], []
+        for read, total in zip(self.reads, self.read_tokens, strict=True):
+            chosen = wanted[read]
+            reads.append(read[chosen])
+            unfilled = len(read) * page_size - total if len(read) and chosen[-1] else 0
+            tokens.append(len(reads[-1]) * page_size - unfilled)
+        return reads, tokens
+
 
 @dataclass
 class LayerPass:

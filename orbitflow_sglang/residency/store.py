@@ -9,22 +9,22 @@ in both, in every layer.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
 
 from orbitflow_sglang.residency import ResidencyError
-from orbitflow_sglang.residency.ahead import Arrivals, UnderWay
+from orbitflow_sglang.residency.ahead import Arrivals, Departures
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
 from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
-from orbitflow_sglang.residency.page_table import PageState, PageTable
+from orbitflow_sglang.residency.page_table import PageState, PageTable, whole_pages
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
-from orbitflow_sglang.residency.transfer import ThreadTransferEngine, Transfer
+from orbitflow_sglang.residency.transfer import ThreadTransferEngine
 
 __all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
 
@@ -53,16 +53,15 @@ class ResidencyStore:
         self.table = PageTable(layout.layers, capacity.logical_pages, self.arena.stride)
         self.host = HostStore(layout, capacity.host_pages, pinned=device != "cpu")
         self.engine = ThreadTransferEngine(self.arena, self.host, link_bytes_per_s)
-        self.ring = StagingRing(
-            self.table, self.arena, self.engine, self._grant_home, self._await_host
-        )
+        self.ring = self._new_ring()
         self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
+        self.departures = Departures(self.table)
         # Arena pages kept free for the tails of the next steps: nothing is fetched into them.
         self.reserve_pages = 0
         # Most pages whose copy to the host a step starts for the sake of their placement.
         self.move_pages: int | None = None
         self.step: Step | None = None
-        self._write_backs: deque[UnderWay] = deque()
+        self._broken: ResidencyError | None = None  # a copy failed: no step until ``abandon``
         self._clock = 0
         # As the present step began: closed pages of live requests, and of no live request.
         self._live = np.zeros_like(self.table.in_use)
@@ -83,13 +82,20 @@ class ResidencyStore:
     def free(self, pages: np.ndarray) -> None:
         """Give up ``pages`` in every layer, wherever they are; between two steps.
 
-        Raises ``ResidencyError`` when one of them is not in use.
+        Raises ``ResidencyError`` when one of them is not in use. A failed copy is raised by
+        the next step: whoever frees has nothing to do with it.
         """
         table = self.table
         if not table.in_use[pages].all():
             raise ResidencyError(f"freeing pages nobody owns: {pages[~table.in_use[pages]]}")
-        self.arrivals.complete()
-        self.ring.forget(pages)
+        try:
+            self.arrivals.complete()
+            self.ring.forget(pages)
+        except ResidencyError as error:
+            self._broken = error
+        if self._broken is not None:
+            table.release(pages)  # their places are no longer known for sure: see ``abandon``
+            return
         starts = table.extent[pages]
         self.arena.give_extents(starts[starts >= 0])
         device = table.device_page[:, pages[starts < 0]]
@@ -117,6 +123,19 @@ class ResidencyStore:
         self.free(self.table.pages_in_use())
         self.quiesce()
 
+    def abandon(self) -> None:
+        """Behind a failed copy: forget every page, its contents are lost, and be as built."""
+        with suppress(ResidencyError):
+            self.engine.drain()
+        self._broken = self.step = None
+        for part in (self.table, self.arena, self.host):
+            part.reset()
+        stall_s = self.ring.stall_s
+        self.ring = self._new_ring()
+        self.ring.stall_s = stall_s
+        self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
+        self.departures = Departures(self.table)
+
     def renew(self) -> None:
         """As built: pages are handed out in the first order again, nothing was ever moved.
 
@@ -141,6 +160,8 @@ class ResidencyStore:
         A page in an extent has no host copy, so any of ``pages`` may be written.
         """
         table = self.table
+        if self._broken is not None:
+            raise self._broken
         starts = self.arena.take_extents(len(new_pages))
         if len(starts) == len(new_pages):
             table.extent[new_pages] = starts
@@ -164,8 +185,10 @@ class ResidencyStore:
         table = self.table
         self._clock += 1
         self._written = 0
+        if self._broken is not None:
+            raise self._broken
         self.arrivals.complete()
-        self._retire()
+        self.departures.retire()
         self._read = read = np.zeros_like(table.in_use)
         read[np.concatenate([NO_PAGES, *step.reads])] = True
         batch = read.copy()
@@ -250,16 +273,16 @@ class ResidencyStore:
 
     def quiesce(self) -> None:
         """Finish what is under way and drop what was fetched ahead; between two steps."""
+        if self._broken is not None:
+            raise self._broken
         self.arrivals.complete()
         self.ring.clear()
         self.engine.drain()
-        self._retire()
+        self.departures.retire()
 
     def check(self) -> list[str]:
         """Violated invariants, in words; empty when all hold. Call between steps."""
-        leaving = np.zeros_like(self.table.want_host)
-        for under_way in self._write_backs:
-            leaving[under_way.present(self.table)] = True
+        leaving = self.departures.sources()
         arriving = np.maximum(self.ring.fetched_ahead(), self.arrivals.targets())
         return violations(self.table, self.arena, self.host, self.ring, leaving, arriving)
 
@@ -276,17 +299,10 @@ class ResidencyStore:
 
     def _part(self, layer: int, pages: np.ndarray, invert: bool = False) -> LayerPass:
         """Only those pages of every request that are in ``pages`` (or are not)."""
-        step, size = self.step, self.layout.page_size
-        assert step is not None
+        assert self.step is not None
         wanted = np.full(self.table.in_use.shape, invert)
         wanted[pages] = not invert
-        reads, tokens = [], []
-        for read, total in zip(step.reads, step.read_tokens, strict=True):
-            chosen = wanted[read]
-            reads.append(read[chosen])
-            unfilled = len(read) * size - total if len(read) and chosen[-1] else 0
-            tokens.append(len(reads[-1]) * size - unfilled)
-        return self._pass(layer, reads, tokens)
+        return self._pass(layer, *self.step.part(wanted, self.layout.page_size))
 
     # --- opening pages --------------------------------------------------------
 
@@ -342,12 +358,11 @@ class ResidencyStore:
         if not away.any():
             return
         pages = step.new_full[away]
-        if len(self._write_backs) >= WRITE_THROUGH_LAYERS:
-            self._write_backs[-WRITE_THROUGH_LAYERS].transfer.wait()
+        self.departures.wait_for_all_but(WRITE_THROUGH_LAYERS - 1)
         transfer = self.engine.write_through(
             k, v, step.new_full_rows[away], self.table.host_page[layer, pages]
         )
-        self._track(transfer, np.full(len(pages), layer), pages)
+        self.departures.track(transfer, np.full(len(pages), layer), pages)
 
     # --- moving pages ---------------------------------------------------------
 
@@ -402,8 +417,7 @@ class ResidencyStore:
         while self.arena.num_free < need:
             if not self._evict(pages, need) or self.arena.num_free >= need:
                 return
-            self._write_backs[0].transfer.wait()
-            self._retire()
+            self.departures.wait()
 
     def _evict(self, pages: np.ndarray, need: int) -> int:
         """Go towards ``need`` free arena pages with those of ``pages``, in that order.
@@ -414,7 +428,7 @@ class ResidencyStore:
         """
         table = self.table
         columns, layers = np.nonzero(table.state[:, pages].T == PageState.BOTH)
-        chosen = _whole_pages(columns, need - self.arena.num_free)
+        chosen = whole_pages(columns, need - self.arena.num_free)
         table.want_host[layers[chosen], pages[columns[chosen]]] = True
         self._drop_device_copies(layers[chosen], pages[columns[chosen]])
 
@@ -422,7 +436,7 @@ class ResidencyStore:
         leaving = (state == PageState.TO_HOST) & (table.device_page[:, pages] >= 0)
         on_way = int(leaving.sum())
         columns, layers = np.nonzero(state.T == PageState.DEVICE)
-        chosen = _whole_pages(columns, need - self.arena.num_free - on_way)
+        chosen = whole_pages(columns, need - self.arena.num_free - on_way)
         table.want_host[layers[chosen], pages[columns[chosen]]] = True
         return on_way + self._write_back(layers[chosen], pages[columns[chosen]])
 
@@ -448,7 +462,7 @@ class ResidencyStore:
             table.host_page[layers, pages] = host
             table.state[layers, pages] = PageState.TO_HOST
             transfer = self.engine.write_back(table.device_page[layers, pages], host)
-            self._track(transfer, layers, pages)
+            self.departures.track(transfer, layers, pages)
         return len(pages)
 
     def _take_host(self, layers: np.ndarray, pages: np.ndarray) -> np.ndarray:
@@ -467,19 +481,10 @@ class ResidencyStore:
             host[rows[: len(taken)]] = taken
         return host
 
-    def _track(self, transfer: Transfer, layers: np.ndarray, pages: np.ndarray) -> None:
-        generation = self.table.generation[pages]
-        self._write_backs.append(UnderWay(transfer, layers, pages, generation))
-
-    def _retire(self) -> None:
-        """Take note of the host copies that have been completed."""
-        table = self.table
-        while self._write_backs and self._write_backs[0].transfer.done:
-            layers, pages = self._write_backs.popleft().present(table)
-            kept = table.device_page[layers, pages] >= 0
-            table.state[layers, pages] = np.where(kept, PageState.BOTH, PageState.HOST)
-
     # --- what the ring asks for -----------------------------------------------
+
+    def _new_ring(self) -> StagingRing:
+        return StagingRing(self.table, self.arena, self.engine, self._grant_home, self._await_host)
 
     def _grant_home(self, count: int) -> np.ndarray:
         room = max(0, self.arena.num_free - self.reserve_pages)
@@ -488,13 +493,4 @@ class ResidencyStore:
     def _await_host(self, layers: int | slice, pages: np.ndarray) -> None:
         """Return when no write-back of ``pages`` is under way."""
         while (self.table.state[layers, pages] == PageState.TO_HOST).any():
-            self._write_backs[0].transfer.wait()
-            self._retire()
-
-
-def _whole_pages(columns: np.ndarray, count: int) -> slice:
-    """The first ``count`` of ``columns`` (ascending), and what else belongs to the last one."""
-    if count <= 0:
-        return slice(0)
-    last = columns[:count][-1:]
-    return slice(int(np.searchsorted(columns, last[0], "right")) if len(last) else 0)
+            self.departures.wait()

@@ -87,7 +87,7 @@ class TransferEngine(ABC):
 
     @abstractmethod
     def drain(self) -> None:
-        """Return when nothing is under way; raises if the last copy of a direction failed."""
+        """Return when nothing is under way; raises once if the last copy of one failed."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -160,8 +160,10 @@ class ThreadTransferEngine(TransferEngine):
         return self._d2h.submit(copy, len(host_pages) * self._page_bytes)
 
     def drain(self) -> None:
-        self._h2d.drain()
-        self._d2h.drain()
+        try:
+            self._h2d.drain()
+        finally:
+            self._d2h.drain()
 
     def forget(self) -> None:
         self._h2d.stats = LinkStats()
@@ -210,8 +212,9 @@ class _CopyThread:
         return self._last
 
     def drain(self) -> None:
-        if self._last is not None:
-            self._last.wait()
+        last, self._last = self._last, None
+        if last is not None:
+            last.wait()
 
     def close(self) -> None:
         self._queue.put(None)

@@ -78,6 +78,7 @@ SCHEDULER = {
     f"{IN_SCHEDULER}.update_running_batch": "retraction.make_room",
     RETRACT: "retraction.retract_decode",
     f"{LOADS}.get_loads": "scheduler.get_loads",
+    "sglang.srt.managers.scheduler.dispatch_event_loop": "scheduler.dispatch_event_loop",
     f"{STREAMER}.stream_output": "scheduler.stream_output",
     f"{IN_SCHEDULER}.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",

@@ -142,7 +142,7 @@ class StoreMachine(RuleBasedStateMachine):
     def quiesce(self) -> None:
         self.store.quiesce()
         assert self.store.ring.num_free == self.store.ring.num_pages
-        assert not self.store._write_backs
+        assert not self.store.departures._under_way
 
     @rule(h2d=st.integers(0, 5), d2h=st.integers(0, 5))
     def copies_go_on(self, h2d: int, d2h: int) -> None:
