@@ -9,14 +9,13 @@ in both, in every layer.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from orbitflow_sglang.residency import ResidencyError
-from orbitflow_sglang.residency.ahead import Arrivals, UnderWay
+from orbitflow_sglang.residency.ahead import Arrivals
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
 from orbitflow_sglang.residency.host_store import HostStore
@@ -24,7 +23,8 @@ from orbitflow_sglang.residency.layout import Capacity, KVLayout
 from orbitflow_sglang.residency.page_table import PageState, PageTable
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
-from orbitflow_sglang.residency.transfer import ThreadTransferEngine, Transfer
+from orbitflow_sglang.residency.transfer import ThreadTransferEngine
+from orbitflow_sglang.residency.write_backs import WriteBacks
 
 __all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
 
@@ -37,7 +37,9 @@ class ResidencyStore:
     """KV pages of one rank. Not thread-safe: the scheduler's thread owns it.
 
     ``link_bytes_per_s`` emulates a link of that rate in each direction; None: as
-    fast as memory. Any call raises ``ResidencyError`` where a copy has failed.
+    fast as memory. ``in_lockstep``: where pages are depends on the calls alone, never on
+    how fast copies are, at the price of waiting for them. Any call raises
+    ``ResidencyError`` where a copy has failed.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ResidencyStore:
         capacity: Capacity,
         device: str = "cpu",
         link_bytes_per_s: float | None = None,
+        in_lockstep: bool = False,
     ) -> None:
         self.layout = layout
         self.capacity = capacity
@@ -62,7 +65,7 @@ class ResidencyStore:
         # Most pages whose copy to the host a step starts for the sake of their placement.
         self.move_pages: int | None = None
         self.step: Step | None = None
-        self._write_backs: deque[UnderWay] = deque()
+        self._write_backs = WriteBacks(self.table, in_lockstep)
         self._clock = 0
         # As the present step began: closed pages of live requests, and of no live request.
         self._live = np.zeros_like(self.table.in_use)
@@ -165,7 +168,7 @@ class ResidencyStore:
         self._clock += 1
         self._written = 0
         self.arrivals.complete()
-        self._retire()
+        self._write_backs.note()
         self._read = read = np.zeros_like(table.in_use)
         read[np.concatenate([NO_PAGES, *step.reads])] = True
         batch = read.copy()
@@ -253,13 +256,11 @@ class ResidencyStore:
         self.arrivals.complete()
         self.ring.clear()
         self.engine.drain()
-        self._retire()
+        self._write_backs.note()
 
     def check(self) -> list[str]:
         """Violated invariants, in words; empty when all hold. Call between steps."""
-        leaving = np.zeros_like(self.table.want_host)
-        for under_way in self._write_backs:
-            leaving[under_way.present(self.table)] = True
+        leaving = self._write_backs.leaving()
         arriving = np.maximum(self.ring.fetched_ahead(), self.arrivals.targets())
         return violations(self.table, self.arena, self.host, self.ring, leaving, arriving)
 
@@ -342,12 +343,11 @@ class ResidencyStore:
         if not away.any():
             return
         pages = step.new_full[away]
-        if len(self._write_backs) >= WRITE_THROUGH_LAYERS:
-            self._write_backs[-WRITE_THROUGH_LAYERS].transfer.wait()
+        self._write_backs.bound(WRITE_THROUGH_LAYERS)
         transfer = self.engine.write_through(
             k, v, step.new_full_rows[away], self.table.host_page[layer, pages]
         )
-        self._track(transfer, np.full(len(pages), layer), pages)
+        self._write_backs.track(transfer, np.full(len(pages), layer), pages)
 
     # --- moving pages ---------------------------------------------------------
 
@@ -402,8 +402,7 @@ class ResidencyStore:
         while self.arena.num_free < need:
             if not self._evict(pages, need) or self.arena.num_free >= need:
                 return
-            self._write_backs[0].transfer.wait()
-            self._retire()
+            self._write_backs.await_first()
 
     def _evict(self, pages: np.ndarray, need: int) -> int:
         """Go towards ``need`` free arena pages with those of ``pages``, in that order.
@@ -448,7 +447,7 @@ class ResidencyStore:
             table.host_page[layers, pages] = host
             table.state[layers, pages] = PageState.TO_HOST
             transfer = self.engine.write_back(table.device_page[layers, pages], host)
-            self._track(transfer, layers, pages)
+            self._write_backs.track(transfer, layers, pages)
         return len(pages)
 
     def _take_host(self, layers: np.ndarray, pages: np.ndarray) -> np.ndarray:
@@ -467,18 +466,6 @@ class ResidencyStore:
             host[rows[: len(taken)]] = taken
         return host
 
-    def _track(self, transfer: Transfer, layers: np.ndarray, pages: np.ndarray) -> None:
-        generation = self.table.generation[pages]
-        self._write_backs.append(UnderWay(transfer, layers, pages, generation))
-
-    def _retire(self) -> None:
-        """Take note of the host copies that have been completed."""
-        table = self.table
-        while self._write_backs and self._write_backs[0].transfer.done:
-            layers, pages = self._write_backs.popleft().present(table)
-            kept = table.device_page[layers, pages] >= 0
-            table.state[layers, pages] = np.where(kept, PageState.BOTH, PageState.HOST)
-
     # --- what the ring asks for -----------------------------------------------
 
     def _grant_home(self, count: int) -> np.ndarray:
@@ -488,8 +475,7 @@ class ResidencyStore:
     def _await_host(self, layers: int | slice, pages: np.ndarray) -> None:
         """Return when no write-back of ``pages`` is under way."""
         while (self.table.state[layers, pages] == PageState.TO_HOST).any():
-            self._write_backs[0].transfer.wait()
-            self._retire()
+            self._write_backs.await_first()
 
 
 def _whole_pages(columns: np.ndarray, count: int) -> slice:
