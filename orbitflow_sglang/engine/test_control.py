@@ -5,12 +5,15 @@ comma-separated list of policies. ``{"orbitflow_policy": i}`` places by the i-th
 them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host copies of
 the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
+``{"orbitflow_tables": 1}`` is refused unless all ranks of a group have their pages in the
+same places, and have had so at every step since the first such command.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from sglang.srt.managers.scheduler_components.internal_state import (
 )
 
 from orbitflow_sglang.control.view import Observation, StepDecision
+from orbitflow_sglang.engine import ranks
 from orbitflow_sglang.engine.hooks import TEST_CONTROL_ENV
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.engine.scheduler import runtime_of
@@ -29,13 +33,15 @@ from orbitflow_sglang.residency.page_table import PageState
 
 
 def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
-    """After ``_update_handlers``: adds the two commands."""
+    """After ``_update_handlers``: adds our commands."""
     runtime = runtime_of(controller.scheduler)
     names = os.environ[TEST_CONTROL_ENV].split(",")
 
     def validate(key: str, value: Any) -> None:
         if key == "orbitflow_policy" and not 0 <= int(value) < len(names):
             raise UpdateRejected(f"{key} must index {names}")
+        if key == "orbitflow_tables":
+            compare_tables()
 
     def set_policy(key: str, value: Any) -> None:
         runtime.set_policy(make_policy(names[int(value)]))
@@ -46,12 +52,47 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
     def pause(key: str, value: Any) -> None:
         runtime.control.force = _ForcedPauses(int(value)) if int(value) else None
 
+    def compare_tables() -> None:
+        if not isinstance(runtime.before_step, _History):
+            runtime.before_step = _History()
+        store = runtime.store
+        found = ranks.of_all(
+            {
+                "tables": fingerprint(runtime),
+                "history": runtime.before_step.fingerprint,
+                "steps": runtime.counters.steps,
+                "free": [store.arena.num_free, store.ring.num_free, store.host.num_free],
+                "idle": [runtime.counters.idle_checks, runtime.counters.failed_idle_checks],
+            }
+        )
+        if any(other != found[0] for other in found):
+            raise UpdateRejected(f"the pages of the ranks are in different places: {found}")
+
     return {
         **handlers,
+        "orbitflow_tables": _UpdateHandler(validate, lambda key, value: None),
         "orbitflow_pause": _UpdateHandler(validate, pause),
         "orbitflow_policy": _UpdateHandler(validate, set_policy),
         "orbitflow_corrupt": _UpdateHandler(validate, corrupt),
     }
+
+
+def fingerprint(runtime: Runtime) -> int:
+    """Of where every page is and should be."""
+    table, found = runtime.store.table, 0
+    for array in (table.state, table.device_page, table.host_page, table.want_host, table.extent):
+        found = zlib.crc32(array.tobytes(), found)
+    return found
+
+
+class _History:
+    """One number for the tables as they were before every step."""
+
+    def __init__(self) -> None:
+        self.fingerprint = 0
+
+    def __call__(self, runtime: Runtime) -> None:
+        self.fingerprint = hash((self.fingerprint, fingerprint(runtime)))
 
 
 class _Corruption:
