@@ -32,6 +32,10 @@ def _register() -> None:
         if config is not None:
             hooks.register(hooks.DETOKENIZER)
         return
+    if role == "run_data_parallel_controller_process":
+        if config is not None:
+            hooks.register(hooks.CONTROLLER)
+        return
     add_attention_backend_choices([ATTENTION_BACKEND])
     if role is None:
         hooks.register(hooks.ALWAYS)

@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from orbitflow_sglang import __version__
 from orbitflow_sglang.config import OrbitFlowConfig, flag
-from orbitflow_sglang.engine import profile_files
+from orbitflow_sglang.engine import profile_files, ranks
 from orbitflow_sglang.engine.probe import Probe
 from orbitflow_sglang.engine.runtime import ProfileOrigin, Runtime
 from orbitflow_sglang.planner import measuring
@@ -51,10 +51,10 @@ NO_LINK = TransferModel(setup_s=0.0, per_page_s=1.0, r2=0.0)
 def load_or_calibrate(scheduler: Scheduler, runtime: Runtime, config: OrbitFlowConfig) -> Profile:
     """The profile to plan with; ``runtime.profile`` and its origin are set to it.
 
-    For an idle engine that has not served yet. Every rank takes the same way through it: a
-    rank that measures waits in collectives for the others, so none can have written the
-    cached file before all have looked for it. Raises ``ConfigError`` for a file that cannot
-    be used, ``SystemExit`` where measuring fails.
+    For an idle engine that has not served yet. Every rank of a group takes the same way through
+    it, because a rank that measures waits in collectives for the others, and ends up with the
+    leader's profile: only the leader looks for a kept one, and keeps what it measured. Raises
+    ``ConfigError`` for a file that cannot be used, ``SystemExit`` where measuring fails.
     """
     layout = runtime.store.layout
     began = time.perf_counter()
@@ -64,11 +64,16 @@ def load_or_calibrate(scheduler: Scheduler, runtime: Runtime, config: OrbitFlowC
     else:
         room = _room(scheduler, runtime.store)
         path = profile_files.cache_file(_key(scheduler, runtime.store, config, room))
-        kept = profile_files.read_cached(path, layout.layers, layout.page_bytes)
+        kept = None
+        if ranks.leads():
+            kept = profile_files.read_cached(path, layout.layers, layout.page_bytes)
+        kept = ranks.from_leader(kept)
         source = "measured" if kept is None else "cache"
         profile = _measure_or_exit(scheduler, runtime, config, room) if kept is None else kept
-        if kept is None and get_parallel().tp_rank == 0:
-            profile_files.write_cached(path, profile)
+        if kept is None:
+            profile = ranks.from_leader(profile)
+            if ranks.leads():
+                profile_files.write_cached(path, profile)
     runtime.profile = profile
     runtime.profile_origin = ProfileOrigin(source, seconds := time.perf_counter() - began)
     logger.info("OrbitFlow's costs (%s, %.1f s): %s", source, seconds, summary(profile))

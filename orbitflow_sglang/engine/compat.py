@@ -32,14 +32,17 @@ CPU_PAGE_SIZE = 16
 # Field of ServerArgs, the values that are fine, why others are not. The flag is the
 # field's name with dashes; the fix is to leave the flag out.
 _BUFFERS = "it addresses KV by its slot in a per-layer buffer, and a slot has no fixed place"
-_ONE_RANK = "decisions of several ranks are not kept in step yet"
+_ONE_RANK = "decisions of several such ranks are not kept in step yet"
+_GROUPS = "ranks of one group would hold KV of different requests under one decision"
+_EXPERTS = "experts spread over ranks have not been made to work with it"
 _TIERS = "it moves KV between device and host by itself"
 _UNTESTED = "it changes which KV a step reads or writes, and has not been made to work with it"
 _PROCESS = "SGLang does not load plugins in the processes that it starts"
 _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("tp_size", (1,), _ONE_RANK),
     ("pp_size", (1,), _ONE_RANK),
-    ("dp_size", (1,), _ONE_RANK),
+    ("attn_dp_size", (1,), _GROUPS),
+    ("ep_size", (1,), _EXPERTS),
+    ("moe_dp_size", (1,), _EXPERTS),
     ("nnodes", (1,), _ONE_RANK),
     ("dcp_size", (1,), _ONE_RANK),
     ("attn_cp_size", (1,), _ONE_RANK),

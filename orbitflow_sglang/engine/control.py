@@ -11,35 +11,30 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-from orbitflow_sglang.config import OrbitFlowConfig, flag
+from orbitflow_sglang.config import flag
 from orbitflow_sglang.control.controller import Controller
 from orbitflow_sglang.control.feedback import Feedback
 from orbitflow_sglang.control.view import (
     NOTHING,
-    Machine,
     Observation,
     RequestView,
     StepDecision,
     UnitView,
 )
-from orbitflow_sglang.engine import memory, pausing
+from orbitflow_sglang.engine import pausing, ranks
 from orbitflow_sglang.engine.pausing import Paused
 from orbitflow_sglang.engine.placement import LiveRequest, PlanPlacer, units_of
 from orbitflow_sglang.engine.runtime import Runtime
-from orbitflow_sglang.planner.worker import PlannerWorker
 from orbitflow_sglang.slo import SLO, SLOError, request_slo
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SLO_SCALE = 2.0
-LEAST_TTFT_S = 1.0
-TYPICAL_TOKENS = 1024
 META_KEY = "orbitflow"  # see engine.streaming
 MAX_REASONS = 16  # the last ones are shown
 
@@ -79,11 +74,13 @@ class SchedulerControl:
         self.views: dict[str, RequestView] = {}
         self.paused: dict[str, Paused] = {}
         self.decision: StepDecision = NOTHING
+        self.following: StepDecision = NOTHING  # in lockstep: what the next step is to do
         self.force: Callable[[Observation, StepDecision], StepDecision] | None = None  # tests only
         self.counts: Counter[str] = Counter()
         self.step_ratios: deque[float] = deque(maxlen=256)  # measured / predicted, decode steps
         self.longest_pause_s = 0.0
         self.longest_wait_s = 0.0  # of a newcomer for its first step
+        self._lockstep, self._leads = ranks.in_lockstep(), ranks.leads()
         self._scheduler = scheduler
         self._runtime = runtime
         self._placer = runtime.placer
@@ -94,11 +91,10 @@ class SchedulerControl:
 
     def before(self, running: ScheduleBatch, last: ScheduleBatch | None) -> ScheduleBatch:
         """Decide, and bring back who resumes; the running batch as it is then."""
-        self._drop_finished()
-        observation = self._observe(running, last)
-        decision = self.controller.decide(observation)
-        if self.force is not None:
-            decision = self.force(observation, decision)
+        if self._lockstep:
+            decision, self.following = self.following, NOTHING
+        else:
+            decision = self._look(running, last)
         self.decision = decision
         for rid in decision.resume:
             if (paused := self.paused.pop(rid, None)) is not None:
@@ -111,6 +107,26 @@ class SchedulerControl:
             live = self._live()
             self._placer.adopt(decision, away, live, self._pages(live))
         return running
+
+    def ahead(self) -> StepDecision | None:
+        """In lockstep, before requests are received: what the next step is to do, from the leader.
+
+        Every rank looks at the same moment, for looking settles what became of paused requests.
+        Requests received only now are strangers to the decision.
+        """
+        if self._scheduler._engine_paused:  # no step is near; what was decided still holds
+            return None
+        self.following = NOTHING
+        decision = self._look(self._scheduler.running_batch, self._scheduler.last_batch)
+        return None if decision is NOTHING else decision
+
+    def _look(self, running: ScheduleBatch, last: ScheduleBatch | None) -> StepDecision:
+        self._drop_finished()
+        observation = self._observe(running, last)
+        if not self._leads:
+            return NOTHING
+        decision = self.controller.decide(observation)
+        return decision if self.force is None else self.force(observation, decision)
 
     def _end_of_pause(self, view: RequestView) -> None:
         if view.paused_s is not None:
@@ -139,15 +155,19 @@ class SchedulerControl:
     def prefill_batch(self, choose: Callable[[], Any]) -> Any:
         """SGLang's choice of a prefill batch among those who may start, in our order."""
         decision, scheduler = self.decision, self._scheduler
-        if decision.order is None and decision.admit is None and decision.chunk_tokens is None:
-            return choose()
         queue: list[Req] = scheduler.waiting_queue
+        known = self.views.keys()
+        # Received with the decision, in lockstep: it is the next one that says about them.
+        strangers = {r.rid for r in queue} - known if self._lockstep else set()
+        simple = decision.order is None and decision.admit is None and decision.chunk_tokens is None
+        if simple and not strangers:
+            return choose()
         if decision.order is not None:
             rank = {rid: place for place, rid in enumerate(decision.order)}
             queue = sorted(queue, key=lambda req: rank.get(req.rid, len(rank)))
         admit = decision.admit
-        known = self.views.keys()
-        held_back = [r for r in queue if admit is not None and r.rid in known - admit]
+        waiting = strangers if admit is None else strangers | (known - admit)
+        held_back = [r for r in queue if r.rid in waiting]
         scheduler.waiting_queue = [r for r in queue if r not in held_back]
         chunk = scheduler.chunked_prefill_size
         if decision.chunk_tokens is not None and chunk is not None and chunk > 0:
@@ -164,6 +184,8 @@ class SchedulerControl:
 
     def launch(self, batch: ScheduleBatch) -> None:
         """A step is about to run: the one before it took until now."""
+        if not self._leads:
+            return
         now = time.perf_counter()
         self._measure(now)
         prefill = batch.forward_mode.is_extend()
@@ -427,48 +449,3 @@ class SchedulerControl:
         store = self._runtime.store
         found = units_of(live, self._pages(live), len(store.table.in_use), store.layout.page_size)
         return [unit for unit, _ in found]
-
-
-def build_control(scheduler: Any, runtime: Runtime, config: OrbitFlowConfig) -> SchedulerControl:
-    """The control of a scheduler that is about to serve, its planner's process started."""
-    spec, profile = config.policy_spec, runtime.profile
-    assert profile is not None
-    capacity, layout = runtime.store.capacity, runtime.store.layout
-    running = scheduler.max_running_requests
-    machine = Machine(
-        layers=layout.layers,
-        page_size=layout.page_size,
-        main_pages=capacity.main_pages,
-        ring_pages=capacity.ring_pages,
-        host_pages=capacity.host_pages,
-        max_running=running,
-        max_paused=memory.max_paused(config, running),
-        max_chunk_tokens=scheduler.chunked_prefill_size,
-    )
-    feedback = Feedback(profile, enabled=spec.has("feedback"))
-    worker = PlannerWorker() if spec.streaming != "none" else None
-    controller = Controller(spec, machine, feedback, worker)
-    slo, assumed = _default_slo(config, feedback, machine)
-    return SchedulerControl(scheduler, runtime, controller, feedback, slo, assumed)
-
-
-def _default_slo(config: OrbitFlowConfig, feedback: Feedback, machine: Machine) -> tuple[SLO, bool]:
-    """Targets of requests that give none, and whether they are only assumed.
-
-    A multiple of the step with the arena full and everything resident, and of the unloaded
-    prefill of a prompt of ``TYPICAL_TOKENS``.
-    """
-    given = config.given_slo
-    if given.ttft_s or given.pace_s:
-        return given, False
-    scale = DEFAULT_SLO_SCALE if config.slo_scale is None else config.slo_scale
-    tokens = machine.main_pages // machine.layers * machine.page_size
-    batch = max(1, min(machine.max_running, tokens // TYPICAL_TOKENS))
-    tpot = scale * feedback.compute_s(batch, tokens)
-    ttft = max(LEAST_TTFT_S, scale * feedback.prefill_s(min(tokens, TYPICAL_TOKENS)))
-    slo = replace(given, ttft_s=ttft, tpot_s=tpot)
-    logger.info(
-        "OrbitFlow assumes TTFT %.2f s and TPOT %.4f s as targets (%s, %s)",
-        ttft, tpot, flag("slo_scale"), flag("tpot_slo_ms"),
-    )  # fmt: skip
-    return slo, config.slo_scale is None

@@ -20,6 +20,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 TEST_CONTROL_ENV = "ORBITFLOW_TEST_CONTROL"
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
@@ -92,6 +94,11 @@ DETOKENIZER = (
         "streaming:time_stats_state",
     ),
 )
+# Wrapped in the process that starts the schedulers of several replicas, and passes on requests.
+CONTROLLER = (
+    Hook(f"{_CONTROLLER}.launch_dp_schedulers", HookType.BEFORE, "launcher:watch_schedulers"),
+    Hook(f"{_CONTROLLER}.get_init_info", HookType.AFTER, "launcher:controller_init_info"),
+)
 # Wrapped in scheduler processes of a server with OrbitFlow.
 SCHEDULER = (
     Hook(f"{_CONFIGURATOR}.config_from_budget", HookType.AROUND, "memory:config_from_budget"),
@@ -104,6 +111,9 @@ SCHEDULER = (
     ),
     Hook(
         f"{_CONFIGURATOR}._build_req_to_token_pool", HookType.BEFORE, "memory:add_rows_for_paused"
+    ),
+    Hook(
+        f"{_RECEIVER}._broadcast_reqs_across_ranks", HookType.AROUND, "scheduler:broadcast_requests"
     ),
     Hook(f"{_SCHEDULER}.run_batch", HookType.AROUND, "scheduler:run_batch"),
     Hook(f"{_SCHEDULER}.get_next_batch_to_run", HookType.AROUND, "scheduler:choose_next_batch"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,8 @@ from orbitflow_sglang.engine import hooks
 HANDSHAKE = "orbitflow"
 
 _enabled = False
+_ready = threading.Event()  # in the controller's process: all schedulers are
+logger = logging.getLogger(__name__)
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -83,3 +87,37 @@ def check_handshake(result: Any, *args: Any, **kwargs: Any) -> None:
             "--enable-orbitflow: a scheduler process started without OrbitFlow's hooks; its log "
             "says why the plugin failed there. SGLANG_PLUGINS, if set, must contain orbitflow"
         )
+
+
+# --- in the process of the data-parallel controller ----------------------------
+
+
+def watch_schedulers(controller: Any, server_args: Any, port_args: Any) -> None:
+    """Before ``launch_dp_schedulers``: a scheduler that ends before it is ready ends the server.
+
+    The controller would wait forever for its report.
+    """
+
+    def watch() -> None:
+        while not _ready.wait(0.5):
+            for scheduler in list(controller.scheduler_procs):
+                if scheduler.exitcode is not None:
+                    logger.error(
+                        "OrbitFlow: scheduler %d ended with status %s before it was ready; its "
+                        "log above says why", scheduler.pid, scheduler.exitcode,
+                    )  # fmt: skip
+                    os._exit(1)  # the launcher sees that, and the other schedulers too
+
+    threading.Thread(target=watch, name="orbitflow-watch", daemon=True).start()
+
+
+def controller_init_info(info: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """After ``DataParallelController.get_init_info``: what all schedulers said, for the launcher.
+
+    SGLang passes on what the replicas agree on, and nothing of what plugins add.
+    """
+    hooks.verify(hooks.CONTROLLER)
+    _ready.set()
+    found = controller._scheduler_init_infos
+    expected = controller.launch_dp_size
+    return {**info, HANDSHAKE: len(found) >= expected and all(i.get(HANDSHAKE) for i in found)}

@@ -10,6 +10,7 @@ from sglang.srt.model_executor.pool_configurator import create_memory_pool_confi
 from sglang.srt.runtime_context import get_schedule
 
 from orbitflow_sglang.config import OrbitFlowConfig
+from orbitflow_sglang.engine import ranks
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator, OrbitFlowKVPool
 from orbitflow_sglang.engine.sizing import Budget, free_host_bytes, resolve_capacity
 from orbitflow_sglang.residency.layout import Capacity
@@ -29,14 +30,17 @@ def config_from_budget(
     sizer = create_memory_pool_configurator(configurator)
     schedule = get_schedule()
     profiled = sizer.calculate_pool_sizes(budget_bytes, schedule.page_size)
+    # Pages have the same numbers on every rank of a group, so there are as many of each kind.
+    profiled_tokens, free_bytes = ranks.smallest([profiled.max_total_num_tokens, free_host_bytes()])
     budget = Budget(
-        profiled_tokens=profiled.max_total_num_tokens,
+        profiled_tokens=profiled_tokens,
         max_total_tokens=schedule.max_total_tokens,
         layers=configurator.layer_info.num_effective_layers,
         page_size=schedule.page_size,
         token_bytes=sizer._cell_size,
+        ranks=ranks.on_this_host(),
     )
-    capacity = resolve_capacity(config, budget, free_host_bytes())
+    capacity = resolve_capacity(config, budget, free_bytes)
     global _capacity
     _capacity = capacity
     return sizer.calculate_pool_sizes_from_max_tokens(

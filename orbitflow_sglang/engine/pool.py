@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from orbitflow_sglang.config import OrbitFlowConfig
+from orbitflow_sglang.engine import ranks
 from orbitflow_sglang.engine.placement import Placer, PlanPlacer, PolicyPlacer
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.planner.policies import make_policy
@@ -49,7 +50,11 @@ class OrbitFlowKVPool(MHATokenToKVPool):
         )
         link = self.config.emulated_link_gb_per_s
         store = ResidencyStore(
-            layout, self.capacity, self.device, None if link is None else link * 1e9
+            layout,
+            self.capacity,
+            self.device,
+            None if link is None else link * 1e9,
+            in_lockstep=ranks.in_lockstep(),
         )
         spec = self.config.policy_spec
         if spec.placing is None:

@@ -10,14 +10,16 @@ import numpy as np
 from sglang.srt.managers.scheduler import Scheduler
 
 from orbitflow_sglang.config import OrbitFlowConfig
-from orbitflow_sglang.engine import calibration, compat, hooks
+from orbitflow_sglang.control.view import StepDecision
+from orbitflow_sglang.engine import calibration, compat, hooks, ranks
 from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
-from orbitflow_sglang.engine.control import SchedulerControl, build_control
+from orbitflow_sglang.engine.control import SchedulerControl
 from orbitflow_sglang.engine.launcher import HANDSHAKE
 from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
 from orbitflow_sglang.engine.recovery import StepFailed, recover
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.startup import build_control
 from orbitflow_sglang.residency import ResidencyError
 
 
@@ -50,6 +52,28 @@ def run_batch(
 
 
 # --- what the controller decides ----------------------------------------------
+
+
+def broadcast_requests(
+    original: Callable[..., list[Any]],
+    receiver: Any,
+    recv_reqs: list[Any] | None,
+    local_reqs: list[Any] | None = None,
+) -> list[Any]:
+    """Around ``_broadcast_reqs_across_ranks``: the leader's decision travels with the requests.
+
+    It is for the step that is chosen next, on every rank; SGLang never sees it.
+    """
+    runtime = Runtime.current
+    control = None if runtime is None else runtime.control
+    if control is None or not ranks.in_lockstep():
+        return original(receiver, recv_reqs, local_reqs)
+    if (decision := control.ahead()) is not None:
+        local_reqs = [*(local_reqs or ()), decision]
+    found = original(receiver, recv_reqs, local_reqs)
+    for decision in [one for one in found if isinstance(one, StepDecision)]:
+        control.following = decision
+    return [one for one in found if not isinstance(one, StepDecision)]
 
 
 def choose_next_batch(

@@ -29,6 +29,7 @@ class Budget:
     layers: int
     page_size: int
     token_bytes: int  # K and V of one token in all layers
+    ranks: int = 1  # that share this host's memory
 
 
 def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: int) -> Capacity:
@@ -44,7 +45,10 @@ def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: i
     if spills and config.ring_pages is None:
         _chosen("ring_pages", ring, "pages of one layer")
     main = _main_pages(arena, ring, layers)
-    host = _host_bytes(config, arena * page_bytes, free_host_bytes) // page_bytes if spills else 0
+    host = 0
+    if spills:
+        free = free_host_bytes
+        host = _host_bytes(config, arena * page_bytes, free, budget.ranks) // page_bytes
     logical = (main + host) // layers
     if budget.max_total_tokens is not None:
         logical = min(logical, budget.max_total_tokens // size)
@@ -58,7 +62,7 @@ def check_sizes(config: OrbitFlowConfig, layers: int, page_size: int, free_host_
         arena = config.arena_tokens // page_size * layers
         _main_pages(arena, _ring_pages(config, arena) if spills else 0, layers)
     if spills and config.host_memory_gb is not None:
-        _host_bytes(config, 0, free_host_bytes)
+        _host_bytes(config, 0, free_host_bytes, ranks=1)  # of all ranks together
 
 
 def free_host_bytes() -> int:
@@ -103,12 +107,16 @@ def _main_pages(arena: int, ring: int, layers: int) -> int:
     return main
 
 
-def _host_bytes(config: OrbitFlowConfig, arena_bytes: int, free_bytes: int) -> int:
+def _host_bytes(config: OrbitFlowConfig, arena_bytes: int, free_bytes: int, ranks: int) -> int:
+    """The share of one of ``ranks`` with an arena of ``arena_bytes`` each.
+
+    What others of them have taken already is not free any more, so only the share must be.
+    """
     if config.host_memory_gb is None:
-        chosen = min(free_bytes // 2, MAX_DEFAULT_ARENAS_ON_HOST * arena_bytes)
-        _chosen("host_memory_gb", round(chosen / 1e9, 3), "10^9 bytes")
+        chosen = min(free_bytes // 2 // ranks, MAX_DEFAULT_ARENAS_ON_HOST * arena_bytes)
+        _chosen("host_memory_gb", round(ranks * chosen / 1e9, 3), "10^9 bytes")
         return chosen
-    wanted = int(config.host_memory_gb * 1e9)
+    wanted = int(config.host_memory_gb * 1e9) // ranks
     if wanted > free_bytes:
         raise ConfigError(
             f"{flag('host_memory_gb')} {config.host_memory_gb} is more than the "

@@ -7,12 +7,15 @@ the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
 ``{"orbitflow_hold": n}`` keeps every request that is paused then paused, and admits
 nobody else, until n = 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
+``{"orbitflow_tables": 1}`` is refused unless all ranks of a group have their pages in the
+same places, and have had so at every step since the first such command.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +26,7 @@ from sglang.srt.managers.scheduler_components.internal_state import (
 )
 
 from orbitflow_sglang.control.view import Observation, StepDecision
+from orbitflow_sglang.engine import ranks
 from orbitflow_sglang.engine.hooks import TEST_CONTROL_ENV
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.engine.scheduler import runtime_of
@@ -32,7 +36,7 @@ from orbitflow_sglang.residency.page_table import PageState
 
 
 def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
-    """After ``_update_handlers``: adds the two commands."""
+    """After ``_update_handlers``: adds our commands."""
     runtime = runtime_of(controller.scheduler)
     names = os.environ[TEST_CONTROL_ENV].split(",")
 
@@ -40,6 +44,8 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
         known = {"orbitflow_policy": names, "orbitflow_fault": list(FAULTS)}.get(key)
         if known is not None and not 0 <= int(value) < len(known):
             raise UpdateRejected(f"{key} must index {known}")
+        if key == "orbitflow_tables":
+            compare_tables()
 
     def set_policy(key: str, value: Any) -> None:
         runtime.set_policy(make_policy(names[int(value)]))
@@ -56,14 +62,49 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
     def fault(key: str, value: Any) -> None:
         FAULTS[list(FAULTS)[int(value)]](runtime)
 
+    def compare_tables() -> None:
+        if not isinstance(runtime.before_step, _History):
+            runtime.before_step = _History()
+        store = runtime.store
+        found = ranks.of_all(
+            {
+                "tables": fingerprint(runtime),
+                "history": runtime.before_step.fingerprint,
+                "steps": runtime.counters.steps,
+                "free": [store.arena.num_free, store.ring.num_free, store.host.num_free],
+                "idle": [runtime.counters.idle_checks, runtime.counters.failed_idle_checks],
+            }
+        )
+        if any(other != found[0] for other in found):
+            raise UpdateRejected(f"the pages of the ranks are in different places: {found}")
+
     return {
         **handlers,
+        "orbitflow_tables": _UpdateHandler(validate, lambda key, value: None),
         "orbitflow_pause": _UpdateHandler(validate, pause),
         "orbitflow_hold": _UpdateHandler(validate, hold),
         "orbitflow_fault": _UpdateHandler(validate, fault),
         "orbitflow_policy": _UpdateHandler(validate, set_policy),
         "orbitflow_corrupt": _UpdateHandler(validate, corrupt),
     }
+
+
+def fingerprint(runtime: Runtime) -> int:
+    """Of where every page is and should be."""
+    table, found = runtime.store.table, 0
+    for array in (table.state, table.device_page, table.host_page, table.want_host, table.extent):
+        found = zlib.crc32(array.tobytes(), found)
+    return found
+
+
+class _History:
+    """One number for the tables as they were before every step."""
+
+    def __init__(self) -> None:
+        self.fingerprint = 0
+
+    def __call__(self, runtime: Runtime) -> None:
+        self.fingerprint = hash((self.fingerprint, fingerprint(runtime)))
 
 
 class _Corruption:

@@ -1,9 +1,7 @@
-"""Copies that no step waits for at once: pages on their way to the host, and pages on their way
-back for requests that still wait."""
+"""Copies that run ahead of any step: pages on their way back for requests that still wait."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,41 +78,3 @@ class Arrivals:
         table = self._table
         away: np.ndarray = (table.state[:, pages] == PageState.HOST) & ~table.want_host[:, pages]
         return away
-
-
-class Departures:
-    """Copies to the host: pages are TO_HOST until it was noted that theirs has ended."""
-
-    def __init__(self, table: PageTable) -> None:
-        self._table = table
-        self._under_way: deque[UnderWay] = deque()
-
-    def track(self, transfer: Transfer, layers: np.ndarray, pages: np.ndarray) -> None:
-        """``transfer`` copies ``pages`` (layer, page), which have host pages already."""
-        generation = self._table.generation[pages]
-        self._under_way.append(UnderWay(transfer, layers, pages, generation))
-
-    def retire(self) -> None:
-        """Take note of the host copies that have been completed."""
-        table = self._table
-        while self._under_way and self._under_way[0].transfer.done:
-            layers, pages = self._under_way.popleft().present(table)
-            kept = table.device_page[layers, pages] >= 0
-            table.state[layers, pages] = np.where(kept, PageState.BOTH, PageState.HOST)
-
-    def wait(self) -> None:
-        """Until the first copy has ended."""
-        self._under_way[0].transfer.wait()
-        self.retire()
-
-    def wait_for_all_but(self, last: int) -> None:
-        """Until at most ``last`` copies are under way."""
-        if len(self._under_way) > last:
-            self._under_way[-last - 1].transfer.wait()
-
-    def sources(self) -> np.ndarray:
-        """Where a copy is under way, bool ``[layers, logical_pages]``; for checks."""
-        found = np.zeros_like(self._table.want_host)
-        for under_way in self._under_way:
-            found[under_way.present(self._table)] = True
-        return found

@@ -55,6 +55,7 @@ class StagingRing:
         engine: TransferEngine,
         grant: Callable[[int], np.ndarray],
         await_host: Callable[[int, np.ndarray], None],
+        stall_s: float = 0.0,
     ) -> None:
         self._table = table
         self._arena = arena
@@ -63,7 +64,7 @@ class StagingRing:
         self._await_host = await_host
         self.num_pages = len(arena.ring_pages)
         self.piece_pages = max(1, self.num_pages // 2)
-        self.stall_s = 0.0  # time that compute has waited for a fetch
+        self.stall_s = stall_s  # time that compute has waited for a fetch
         self._free = PageStack(self.num_pages)
         self._free.push(arena.ring_pages)
         self._required: list[np.ndarray] = []

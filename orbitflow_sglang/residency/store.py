@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from orbitflow_sglang.residency import ResidencyError
-from orbitflow_sglang.residency.ahead import Arrivals, Departures
+from orbitflow_sglang.residency.ahead import Arrivals
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
 from orbitflow_sglang.residency.host_store import HostStore
@@ -25,6 +25,7 @@ from orbitflow_sglang.residency.page_table import PageState, PageTable, whole_pa
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
 from orbitflow_sglang.residency.transfer import ThreadTransferEngine
+from orbitflow_sglang.residency.write_backs import WriteBacks
 
 __all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
 
@@ -37,7 +38,9 @@ class ResidencyStore:
     """KV pages of one rank. Not thread-safe: the scheduler's thread owns it.
 
     ``link_bytes_per_s`` emulates a link of that rate in each direction; None: as
-    fast as memory. Any call raises ``ResidencyError`` where a copy has failed.
+    fast as memory. ``in_lockstep``: where pages are depends on the calls alone, never on
+    how fast copies are, at the price of waiting for them. Any call raises
+    ``ResidencyError`` where a copy has failed.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ResidencyStore:
         capacity: Capacity,
         device: str = "cpu",
         link_bytes_per_s: float | None = None,
+        in_lockstep: bool = False,
     ) -> None:
         self.layout = layout
         self.capacity = capacity
@@ -55,7 +59,8 @@ class ResidencyStore:
         self.engine = ThreadTransferEngine(self.arena, self.host, link_bytes_per_s)
         self.ring = self._new_ring()
         self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
-        self.departures = Departures(self.table)
+        self._in_lockstep = in_lockstep
+        self._write_backs = WriteBacks(self.table, self._in_lockstep)
         # Arena pages kept free for the tails of the next steps: nothing is fetched into them.
         self.reserve_pages = 0
         # Most pages whose copy to the host a step starts for the sake of their placement.
@@ -110,8 +115,7 @@ class ResidencyStore:
         return self.arrivals.fetch(pages[~self._read[pages]], limit)
 
     def mirror(self, pages: np.ndarray, limit: int) -> int:
-        """Start copying up to ``limit`` of closed ``pages``, which stay in the arena, to the
-        host; how many. Placing them there later costs nothing."""
+        """Start copying up to ``limit`` of closed ``pages``, which stay, to the host; how many."""
         table = self.table
         single = (table.state[:, pages] == PageState.DEVICE) & ~table.want_host[:, pages]
         columns, layers = np.nonzero(single.T)
@@ -130,11 +134,9 @@ class ResidencyStore:
         self._broken = self.step = None
         for part in (self.table, self.arena, self.host):
             part.reset()
-        stall_s = self.ring.stall_s
-        self.ring = self._new_ring()
-        self.ring.stall_s = stall_s
+        self.ring = self._new_ring(self.ring.stall_s)
         self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
-        self.departures = Departures(self.table)
+        self._write_backs = WriteBacks(self.table, self._in_lockstep)
 
     def renew(self) -> None:
         """As built: pages are handed out in the first order again, nothing was ever moved.
@@ -160,8 +162,7 @@ class ResidencyStore:
         A page in an extent has no host copy, so any of ``pages`` may be written.
         """
         table = self.table
-        if self._broken is not None:
-            raise self._broken
+        self._check_whole()
         starts = self.arena.take_extents(len(new_pages))
         if len(starts) == len(new_pages):
             table.extent[new_pages] = starts
@@ -185,10 +186,9 @@ class ResidencyStore:
         table = self.table
         self._clock += 1
         self._written = 0
-        if self._broken is not None:
-            raise self._broken
+        self._check_whole()
         self.arrivals.complete()
-        self.departures.retire()
+        self._write_backs.note()
         self._read = read = np.zeros_like(table.in_use)
         read[np.concatenate([NO_PAGES, *step.reads])] = True
         batch = read.copy()
@@ -273,16 +273,15 @@ class ResidencyStore:
 
     def quiesce(self) -> None:
         """Finish what is under way and drop what was fetched ahead; between two steps."""
-        if self._broken is not None:
-            raise self._broken
+        self._check_whole()
         self.arrivals.complete()
         self.ring.clear()
         self.engine.drain()
-        self.departures.retire()
+        self._write_backs.note()
 
     def check(self) -> list[str]:
         """Violated invariants, in words; empty when all hold. Call between steps."""
-        leaving = self.departures.sources()
+        leaving = self._write_backs.leaving()
         arriving = np.maximum(self.ring.fetched_ahead(), self.arrivals.targets())
         return violations(self.table, self.arena, self.host, self.ring, leaving, arriving)
 
@@ -358,11 +357,11 @@ class ResidencyStore:
         if not away.any():
             return
         pages = step.new_full[away]
-        self.departures.wait_for_all_but(WRITE_THROUGH_LAYERS - 1)
+        self._write_backs.bound(WRITE_THROUGH_LAYERS)
         transfer = self.engine.write_through(
             k, v, step.new_full_rows[away], self.table.host_page[layer, pages]
         )
-        self.departures.track(transfer, np.full(len(pages), layer), pages)
+        self._write_backs.track(transfer, np.full(len(pages), layer), pages)
 
     # --- moving pages ---------------------------------------------------------
 
@@ -417,7 +416,7 @@ class ResidencyStore:
         while self.arena.num_free < need:
             if not self._evict(pages, need) or self.arena.num_free >= need:
                 return
-            self.departures.wait()
+            self._write_backs.await_first()
 
     def _evict(self, pages: np.ndarray, need: int) -> int:
         """Go towards ``need`` free arena pages with those of ``pages``, in that order.
@@ -462,7 +461,7 @@ class ResidencyStore:
             table.host_page[layers, pages] = host
             table.state[layers, pages] = PageState.TO_HOST
             transfer = self.engine.write_back(table.device_page[layers, pages], host)
-            self.departures.track(transfer, layers, pages)
+            self._write_backs.track(transfer, layers, pages)
         return len(pages)
 
     def _take_host(self, layers: np.ndarray, pages: np.ndarray) -> np.ndarray:
@@ -481,10 +480,15 @@ class ResidencyStore:
             host[rows[: len(taken)]] = taken
         return host
 
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
     # --- what the ring asks for -----------------------------------------------
 
-    def _new_ring(self) -> StagingRing:
-        return StagingRing(self.table, self.arena, self.engine, self._grant_home, self._await_host)
+    def _new_ring(self, stall_s: float = 0.0) -> StagingRing:
+        grant, await_host = self._grant_home, self._await_host
+        return StagingRing(self.table, self.arena, self.engine, grant, await_host, stall_s)
 
     def _grant_home(self, count: int) -> np.ndarray:
         room = max(0, self.arena.num_free - self.reserve_pages)
@@ -493,4 +497,4 @@ class ResidencyStore:
     def _await_host(self, layers: int | slice, pages: np.ndarray) -> None:
         """Return when no write-back of ``pages`` is under way."""
         while (self.table.state[layers, pages] == PageState.TO_HOST).any():
-            self.departures.wait()
+            self._write_backs.await_first()

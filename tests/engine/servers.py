@@ -134,15 +134,18 @@ def set_internal_state(client: Client, key: str, value: int) -> None:
 
 
 def assert_nothing_is_left(client: Client) -> None:
-    """The idle check has run and passed; after a flush arena, ring and host are wholly free."""
+    """The idle check has run and passed; after a flush arena, ring and host are wholly free.
+
+    In every replica.
+    """
     client.wait_idle()
-    (state,) = client.orbitflow()
-    assert state is not None
-    assert state["idle_checks"] > 0
-    assert state["failed_idle_checks"] == 0
-    assert state["num_requests"] == 0
+    for state in client.orbitflow():
+        assert state is not None
+        assert state["idle_checks"] > 0
+        assert state["failed_idle_checks"] == 0
+        assert state["num_requests"] == 0
     client.flush_cache()
-    (state,) = client.orbitflow()
-    assert state is not None
-    for place in ("arena", "ring", "host"):
-        assert state[place]["free"] == state[place]["pages"], (place, state)
+    for state in client.orbitflow():
+        assert state is not None
+        for place in ("arena", "ring", "host"):
+            assert state[place]["free"] == state[place]["pages"], (place, state)

@@ -27,10 +27,12 @@ def make_store(
     logical: int = 20,
     lazy: bool = True,
     link_bytes_per_s: float | None = None,
+    in_lockstep: bool = False,
+    kind: type[ResidencyStore] = ResidencyStore,
 ) -> ResidencyStore:
     """A store on the CPU; with ``lazy``, over a link that copies only when it must."""
     capacity = Capacity(main + ring, ring, host, logical)
-    store = ResidencyStore(layout(layers, page_size), capacity, "cpu", link_bytes_per_s)
+    store = kind(layout(layers, page_size), capacity, "cpu", link_bytes_per_s, in_lockstep)
     for tensor in (store.arena.k, store.arena.v, store.host.k, store.host.v):
         tensor.fill_(-1.0)  # what was never written belongs to no token
     if lazy:

@@ -66,7 +66,7 @@ def ring_page_kept(store: ResidencyStore) -> None:
 
 
 def copy_forgotten(store: ResidencyStore) -> None:
-    store.departures._under_way.clear()
+    store._write_backs._under_way.clear()
 
 
 def copy_of_another(store: ResidencyStore) -> None:

@@ -243,7 +243,7 @@ def test_free_with_copies_under_way() -> None:
     run(store, prefill_step([1], SIZE))
     store.begin(prefill_step([2], SIZE))
     store.end()
-    assert store.departures._under_way
+    assert store._write_backs._under_way
     store.free(ids(1, 2))
     assert store.check() == []
     store.place(ids(1), ON_HOST)
@@ -251,7 +251,7 @@ def test_free_with_copies_under_way() -> None:
     advance(store, 0, 1)
     run(store, read_step([1], SIZE))
     store.clear()
-    assert store.check() == [] and not store.departures._under_way
+    assert store.check() == [] and not store._write_backs._under_way
     assert store.arena.num_free == store.capacity.main_pages
     assert store.host.num_free == store.capacity.host_pages
 

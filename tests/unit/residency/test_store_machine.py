@@ -11,6 +11,7 @@ import os
 import random
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,9 +59,9 @@ class StoreMachine(RuleBasedStateMachine):
         extents, self.logical = rng.randint(3, 9), rng.randint(12, 40)
         link = rng.choice(["lazy", "lazy", "lazy", "slow", "fast"])
         self.lazy = link == "lazy"
-        self.store = make_store(
-            self.layers,
-            self.size,
+        self.store = self._make_store(
+            layers=self.layers,
+            page_size=self.size,
             main=self.layers * extents + rng.randint(0, 2),
             ring=rng.choice([1, 2, 2, 3, 4, 6, 8, 12]),
             host=int(self.layers * self.logical * rng.choice([0.2, 0.5, 1.0, 1.0])),
@@ -77,6 +78,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.max_live = extents + 1  # one more than there may be tails
         self.eagerness = 0.0  # how often the link goes on while a part is read
         self.offload = rng.choice([0.2, 0.5, 0.9])  # share of what is placed
+
+    def _make_store(self, **sizes: Any) -> ResidencyStore:
+        return make_store(**sizes)
 
     # --- passes ---------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
     def quiesce(self) -> None:
         self.store.quiesce()
         assert self.store.ring.num_free == self.store.ring.num_pages
-        assert not self.store.departures._under_way
+        assert not self.store._write_backs._under_way
 
     @rule(h2d=st.integers(0, 5), d2h=st.integers(0, 5))
     def copies_go_on(self, h2d: int, d2h: int) -> None:
@@ -378,7 +382,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 # Of this test alone: a profile that is loaded would hold for every other test too.
-StoreMachine.TestCase.settings = settings.get_profile(
-    os.environ.get("HYPOTHESIS_PROFILE", "residency")
-)
+EXAMPLES = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "residency"))
+StoreMachine.TestCase.settings = EXAMPLES
 TestStoreMachine = pytest.mark.unit(StoreMachine.TestCase)

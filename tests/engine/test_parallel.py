@@ -1,0 +1,182 @@
+"""Several ranks: replicas (DP) and groups that act as one (TP) answer as one rank does.
+
+The arena is small, so that plans, streaming and pauses are live on all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from servers import (
+    FULL,
+    Stock,
+    assert_nothing_is_left,
+    orbitflow_args,
+    run_with_aborts,
+    set_internal_state,
+)
+
+from eval.client import Client, Generation, Request
+from eval.identity import Comparison, compare, mixed_requests
+from eval.server import Server
+
+STYLE = "llama"
+ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
+# A core for each rank: SGLang gives a rank a NUMA node, and stops where there are too few.
+ENV = {"ORBITFLOW_TEST_CONTROL": "resident", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+COMPARED_EVERY_S = 0.5
+WORKLOAD = mixed_requests(
+    64 if FULL else 16,
+    seed=21,
+    longest=1000,
+    max_new_tokens=48 if FULL else 32,
+    shared_fraction=0.4,
+)
+
+
+@contextmanager
+def server_of(*flags: str) -> Iterator[Server]:
+    with Server(orbitflow_args(STYLE, *ARENA, *flags), env=ENV) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(stock: Stock) -> list[Generation]:
+    return stock.answers(STYLE, WORKLOAD)
+
+
+def states(server: Client) -> list[dict[str, Any]]:
+    found = server.orbitflow()
+    assert all(state is not None for state in found)
+    return [state for state in found if state is not None]
+
+
+def paused_at_least_once(generations: Sequence[Generation], aborted: set[str]) -> None:
+    pauses = [g.meta["orbitflow"]["pauses"] for g in generations if g.rid not in aborted]
+    assert pauses and min(pauses) >= 1, pauses
+
+
+# --- replicas -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def replicas(expected: list[Generation]) -> Iterator[Server]:
+    with server_of("--dp-size", "2") as server:
+        yield server
+
+
+def test_replicas_share_the_memory_of_the_host(replicas: Server) -> None:
+    for state in states(replicas):
+        assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
+
+
+def test_replicas_answer_as_stock_sglang(
+    replicas: Server, expected: list[Generation], identity_cells: dict[str, Comparison]
+) -> None:
+    set_internal_state(replicas, "orbitflow_pause", 1)
+    found = replicas.generate_many(WORKLOAD, 8)
+    result = compare(expected, found)
+    identity_cells["dp 2"] = result
+    assert not result.failures, result
+    paused_at_least_once(found, set())
+    for state in states(replicas):  # each of them has served
+        assert state["control"]["pauses"] == state["control"]["resumes"] > 0
+        assert state["tiered_steps"] > 0
+    set_internal_state(replicas, "orbitflow_pause", 0)
+    outcome = run_with_aborts(replicas, WORKLOAD)
+    result = compare(expected, outcome.generations, cut_short=outcome.aborted)
+    identity_cells["dp 2, aborts"] = result
+    assert not result.failures, result
+    assert_nothing_is_left(replicas)
+
+
+def test_replicas_are_told_apart_in_metrics(replicas: Server) -> None:
+    series = replicas.metrics()["sglang:orbitflow_arena_pages"]
+    assert sorted(sample.labels["dp_rank"] for sample in series) == ["0", "1"]
+
+
+# --- a group that acts as one -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def group(expected: list[Generation]) -> Iterator[Server]:
+    with server_of("--tp-size", "2") as server:
+        yield server
+
+
+@contextmanager
+def comparing_tables(server: Server) -> Iterator[list[bool]]:
+    """Meanwhile asks again and again whether both ranks have their pages in the same places."""
+    found: list[bool] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(COMPARED_EVERY_S):
+            found.append(same_tables(server))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def same_tables(server: Server) -> bool:
+    """Whether they are, and were at every step since this was first asked."""
+    body = {"server_args": {"orbitflow_tables": 1}}
+    return all(server.post("/set_internal_state", body).json())
+
+
+def answered(
+    server: Server, expected: list[Generation], wanted: Sequence[Request]
+) -> tuple[Comparison, list[Generation], set[str]]:
+    assert same_tables(server)
+    with comparing_tables(server) as found:
+        outcome = run_with_aborts(server, wanted)
+    assert len(found) > 1 and all(found), server.log_tail()
+    assert same_tables(server)
+    result = compare(expected, outcome.generations, cut_short=outcome.aborted)
+    return result, outcome.generations, outcome.aborted
+
+
+def test_a_group_shares_the_memory_of_the_host(group: Server) -> None:
+    (state,) = states(group)
+    assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
+
+
+@pytest.mark.parametrize("pauses", [0, 2])
+def test_a_group_answers_as_stock_sglang_and_keeps_its_pages_in_the_same_places(
+    group: Server, expected: list[Generation], identity_cells: dict[str, Comparison], pauses: int
+) -> None:
+    set_internal_state(group, "orbitflow_pause", pauses)
+    result, found, aborted = answered(group, expected, WORKLOAD)
+    identity_cells[f"tp 2, pauses {pauses}"] = result
+    assert not result.failures, result
+    (state,) = states(group)
+    assert state["tiered_steps"] > 0
+    assert state["h2d"]["bytes"] > 0
+    if pauses:
+        paused_at_least_once(found, aborted)
+    assert_nothing_is_left(group)
+    assert same_tables(group), group.log_tail()  # with as many free pages on both
+
+
+def test_whoever_is_paused_when_all_is_aborted_is_gone_on_both(group: Server) -> None:
+    set_internal_state(group, "orbitflow_pause", 2)
+    with comparing_tables(group) as found:
+        streams = [group.stream(one.input_ids, 400, rid=f"gone-{one.rid}") for one in WORKLOAD[:4]]
+        for stream in streams:
+            next(stream)
+        group.abort_all()
+        for stream in streams:
+            *_, last = stream
+            assert last.finish_reason == "abort"
+    assert all(found), group.log_tail()
+    assert_nothing_is_left(group)
+    assert same_tables(group), group.log_tail()
