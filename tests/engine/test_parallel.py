@@ -25,7 +25,10 @@ from eval.identity import Comparison, compare, mixed_requests
 from eval.server import Server
 
 STYLE = "llama"
-ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
+ARENA = (
+    *("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2"),
+    *("--orbitflow-disable", "stand-aside"),  # or nothing is streamed for prompts this long
+)
 # A core for each rank: SGLang gives a rank a NUMA node, and stops where there are too few.
 ENV = {"ORBITFLOW_TEST_CONTROL": "resident", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 COMPARED_EVERY_S = 0.5
