@@ -32,7 +32,6 @@ for line in sys.stdin:
         "step_time_s": 1e-3, "lower_bound_s": 0.0, "never_fits": [], "solve_s": 0.0,
     }), flush=True)
 """
-FULL_TAKES = 200  # so often the host store claims to be full
 
 
 def _planner(runtime: Runtime) -> PlannerWorker:
@@ -88,16 +87,11 @@ def _failing_write(runtime: Runtime) -> None:
 
 def _full_host(runtime: Runtime) -> None:
     host: Any = runtime.store.host
-    left = FULL_TAKES
+    host.take = lambda count, hint=-1: np.empty(0, np.int32)
 
-    def take(count: int, hint: int = -1) -> np.ndarray:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            del host.take
-        return np.empty(0, np.int32)
 
-    host.take = take
+def _whole_host(runtime: Runtime) -> None:
+    vars(runtime.store.host).pop("take", None)
 
 
 FAULTS: dict[str, Callable[[Runtime], None]] = {
@@ -109,4 +103,5 @@ FAULTS: dict[str, Callable[[Runtime], None]] = {
     "fetch": _failing_fetch,
     "write": _failing_write,
     "host full": _full_host,
+    "host": _whole_host,
 }

@@ -1,0 +1,125 @@
+"""Many requests at once, of which some are given up in every way that clients have."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from servers import FULL, give_up_midway
+
+from eval.client import Client, Generation, Request, RequestFailed
+from eval.identity import Comparison, compare, mixed_requests
+
+STYLE = "llama"
+DEPOSIT = {"custom_params": {"orbitflow": {"deposit": True}}}
+
+
+def storm_requests() -> list[Request]:
+    """Short ones and longer ones, a part with a prefix in common.
+
+    No id is the beginning of another: SGLang aborts by prefix.
+    """
+    chance = random.Random(3)
+    made = mixed_requests(
+        200 if FULL else 64,
+        seed=21,
+        shortest=30,
+        longest=500,
+        max_new_tokens=48,
+        shared_fraction=0.3,
+    )
+    return [
+        replace(request, rid=f"storm-{index:03}", max_new_tokens=chance.randint(8, 48))
+        for index, request in enumerate(made)
+    ]
+
+
+STORM = storm_requests()
+# 8 that grow together from 1,600 tokens to 2,560.
+GROWING = mixed_requests(8, seed=22, shortest=200, longest=200, max_new_tokens=120)
+ALL = [*STORM, *GROWING]
+
+
+@dataclass
+class Calm:
+    """What is left of a storm."""
+
+    generations: dict[str, Generation] = field(default_factory=dict)
+    cut_short: set[str] = field(default_factory=set)
+    refused: dict[str, RequestFailed] = field(default_factory=dict)
+
+    def compared(self, stock: Sequence[Generation]) -> Comparison:
+        """With stock SGLang's answers; what was cut short as far as it came."""
+        expected = [one for one in stock if one.rid in self.generations]
+        found = [self.generations[one.rid] for one in expected]
+        return compare(expected, found, cut_short=self.cut_short)
+
+    @property
+    def endings(self) -> Counter[str | None]:
+        return Counter(one.finish_reason for one in self.generations.values())
+
+
+def run_storm(client: Client, wanted: Sequence[Request], seed: int, give_up: bool = True) -> Calm:
+    """Sends all at once; with ``give_up`` a third is aborted or hung up on, by their number."""
+    calm, lock = Calm(), threading.Lock()
+
+    def one(index: int, request: Request) -> None:
+        chance = random.Random(f"{seed}-{request.rid}")
+        fate = index % 9 if give_up else 3 + index % 3
+        if fate in (0, 1, 2):
+            with lock:
+                calm.cut_short.add(request.rid)
+        try:
+            found = _fated(client, request, fate, chance)
+        except RequestFailed as refusal:
+            with lock:
+                calm.refused[request.rid] = refusal
+            return
+        with lock:
+            calm.generations[request.rid] = found
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        for future in [pool.submit(one, i, request) for i, request in enumerate(wanted)]:
+            future.result()
+    return calm
+
+
+def _fated(client: Client, request: Request, fate: int, chance: random.Random) -> Generation:
+    options: dict[str, Any] = {"rid": request.rid}
+    if fate in (0, 1):
+        return give_up_midway(client, request, disconnect=fate == 1)
+    if fate == 2:  # aborted at some time, most often before its turn
+        timer = threading.Timer(chance.uniform(0.2, 4.0), client.abort, [request.rid])
+        timer.start()
+        try:
+            return client.generate(request.input_ids, request.max_new_tokens, **options)
+        finally:
+            timer.join()
+    if fate in (3, 4):
+        options |= DEPOSIT if fate == 3 else {}
+        *_, last = client.stream(request.input_ids, request.max_new_tokens, **options)
+        return last
+    return client.generate(request.input_ids, request.max_new_tokens, **options)
+
+
+def control_of(client: Client) -> dict[str, Any]:
+    """What the controller says of itself."""
+    (state,) = client.orbitflow()
+    assert state is not None
+    control: dict[str, Any] = state["control"]
+    return control
+
+
+def wait_until_paused(client: Client, count: int) -> None:
+    """Returns when so many requests are paused."""
+    deadline = time.monotonic() + 120
+    while control_of(client)["paused"] != count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not {count} paused: {control_of(client)}")
+        time.sleep(0.05)

@@ -1,0 +1,119 @@
+"""Faults in a running server: a planner that is no use, copies that fail, memory that is full.
+
+Whatever happens, requests end with stock SGLang's tokens or with an error that says why, the
+server goes on, and its memory is whole afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from servers import TEST_CONTROL, Stock, assert_nothing_is_left, orbitflow_args, set_internal_state
+from storms import ALL, GROWING, STORM, STYLE, Calm, control_of, run_storm
+
+from eval.client import Client
+from eval.server import Server
+from orbitflow_sglang.engine.test_faults import FAULTS
+
+pytestmark = pytest.mark.engine
+
+# Arena and host store together hold 1,900 tokens.
+FLAGS = (
+    *("--orbitflow-arena-tokens", "512", "--orbitflow-host-memory-gb", "0.012"),
+    # SGLang then admits requests whose full outputs do not fit together.
+    *("--schedule-conservativeness", "0.05"),
+)
+WANTED = [*GROWING[:4], *STORM[:8]]
+
+
+@pytest.fixture(scope="module")
+def server(stock: Stock) -> Iterator[Server]:
+    stock.answers(STYLE, ALL)
+    with Server(orbitflow_args(STYLE, *FLAGS), env=TEST_CONTROL) as running:
+        yield running
+
+
+def inject(client: Client, fault: str) -> None:
+    set_internal_state(client, "orbitflow_fault", list(FAULTS).index(fault))
+
+
+def failed_steps(client: Client) -> int:
+    (state,) = client.orbitflow()
+    assert state is not None
+    count: int = state["failed_steps"]
+    return count
+
+
+def assert_right(calm: Calm, stock: Stock) -> None:
+    result = calm.compared(stock.answers(STYLE, ALL))
+    assert result.ok, result
+
+
+def assert_all_served(server: Server, stock: Stock) -> None:
+    calm = run_storm(server, WANTED, seed=0, give_up=False)
+    assert not calm.refused, calm.refused
+    assert_right(calm, stock)
+    assert_nothing_is_left(server)
+
+
+def test_full_memory_makes_requests_compute_their_kv_again(server: Server, stock: Stock) -> None:
+    calm = run_storm(server, GROWING, seed=0, give_up=False)
+    assert not calm.refused, calm.refused
+    assert_right(calm, stock)
+    assert control_of(server)["retractions"] > 0
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert "a larger --orbitflow-host-memory-gb avoids that" in log
+    assert_nothing_is_left(server)
+
+
+@pytest.mark.parametrize(
+    ("fault", "count"),
+    [
+        ("planner killed", "failed"),
+        ("planner hung", "failed"),
+        ("planner talks garbage", "invalid"),
+        ("planner plans the impossible", "invalid"),
+    ],
+)
+def test_without_a_planner_the_server_goes_on(
+    server: Server, stock: Stock, fault: str, count: str
+) -> None:
+    before = control_of(server)["planner"].get(count, 0)
+    inject(server, fault)
+    try:
+        assert_all_served(server, stock)
+        assert control_of(server)["planner"][count] > before
+    finally:
+        inject(server, "planner")
+
+
+@pytest.mark.parametrize("fault", ["fetch", "write"])
+def test_a_failed_copy_costs_the_requests_it_touched_and_no_other(
+    server: Server, stock: Stock, fault: str
+) -> None:
+    before = failed_steps(server)
+    inject(server, fault)
+    calm = run_storm(server, WANTED, seed=0, give_up=False)
+    assert failed_steps(server) == before + 1
+    assert calm.refused and calm.generations
+    for refusal in calm.refused.values():
+        assert refusal.status == 500
+        assert "OrbitFlow lost the KV cache of this request" in refusal.message
+        assert "injected by a test" in refusal.message
+    assert_right(calm, stock)
+    assert "all KV is given up" in server.log.read_text(encoding="utf-8", errors="replace")
+    assert_nothing_is_left(server)
+    assert_all_served(server, stock)
+
+
+def test_a_host_store_that_claims_to_be_full(server: Server, stock: Stock) -> None:
+    inject(server, "host full")
+    calm = run_storm(server, WANTED, seed=0, give_up=False)
+    assert_right(calm, stock) if calm.generations else None
+    for refusal in calm.refused.values():
+        assert refusal.status == 500, refusal
+        assert "OrbitFlow lost the KV cache of this request" in refusal.message
+    inject(server, "host")
+    assert_nothing_is_left(server)
+    assert_all_served(server, stock)
