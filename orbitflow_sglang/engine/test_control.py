@@ -6,7 +6,8 @@ them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host cop
 the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
 ``{"orbitflow_tables": 1}`` is refused unless all ranks of a group have their pages in the
-same places, and have had so at every step since the first such command.
+same places, and have had so at every step since the first such command. ``{"orbitflow_slow": n}``
+holds the copies of a group's ranks but the first to n MB/s.
 """
 
 from __future__ import annotations
@@ -68,8 +69,14 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
         if any(other != found[0] for other in found):
             raise UpdateRejected(f"the pages of the ranks are in different places: {found}")
 
+    def slow(key: str, value: Any) -> None:
+        if not ranks.leads():
+            for link in (runtime.store.engine._h2d, runtime.store.engine._d2h):
+                link.link_bytes_per_s = int(value) * 1e6 if int(value) else None
+
     return {
         **handlers,
+        "orbitflow_slow": _UpdateHandler(validate, slow),
         "orbitflow_tables": _UpdateHandler(validate, lambda key, value: None),
         "orbitflow_pause": _UpdateHandler(validate, pause),
         "orbitflow_policy": _UpdateHandler(validate, set_policy),
