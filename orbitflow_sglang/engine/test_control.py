@@ -8,7 +8,8 @@ the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_hold": n}`` keeps every request that is paused then paused, and admits
 nobody else, until n = 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
 ``{"orbitflow_tables": 1}`` is refused unless all ranks of a group have their pages in the
-same places, and have had so at every step since the first such command.
+same places, and have had so at every step since the first such command. ``{"orbitflow_slow": n}``
+holds the copies of a group's ranks but the first to n MB/s.
 """
 
 from __future__ import annotations
@@ -78,8 +79,14 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
         if any(other != found[0] for other in found):
             raise UpdateRejected(f"the pages of the ranks are in different places: {found}")
 
+    def slow(key: str, value: Any) -> None:
+        if not ranks.leads():
+            for link in (runtime.store.engine._h2d, runtime.store.engine._d2h):
+                link.link_bytes_per_s = int(value) * 1e6 if int(value) else None
+
     return {
         **handlers,
+        "orbitflow_slow": _UpdateHandler(validate, slow),
         "orbitflow_tables": _UpdateHandler(validate, lambda key, value: None),
         "orbitflow_pause": _UpdateHandler(validate, pause),
         "orbitflow_hold": _UpdateHandler(validate, hold),

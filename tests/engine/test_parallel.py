@@ -32,12 +32,14 @@ ARENA = (
 # A core for each rank: SGLang gives a rank a NUMA node, and stops where there are too few.
 ENV = {"ORBITFLOW_TEST_CONTROL": "resident", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 COMPARED_EVERY_S = 0.5
+SLOW_MB_PER_S = 20
 WORKLOAD = mixed_requests(
     64 if FULL else 16,
     seed=21,
-    longest=1000,
+    longest=1800,
     max_new_tokens=48 if FULL else 32,
-    shared_fraction=0.4,
+    shortest=100,
+    shared_fraction=0.3,
 )
 
 
@@ -107,7 +109,9 @@ def test_replicas_are_told_apart_in_metrics(replicas: Server) -> None:
 
 @pytest.fixture(scope="module")
 def group(expected: list[Generation]) -> Iterator[Server]:
+    """Its second rank's copies are slow, so that whatever depends on their time differs."""
     with server_of("--tp-size", "2") as server:
+        set_internal_state(server, "orbitflow_slow", SLOW_MB_PER_S)
         yield server
 
 
