@@ -52,6 +52,7 @@ INTERNAL_STATE = (
 IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 RETRACT = "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode"
 DETOKENIZER = {
@@ -65,6 +66,7 @@ SCHEDULER = {
     f"{CONFIGURATOR}._resolve_kv_pool_class": "memory.resolve_pool_class",
     f"{CONFIGURATOR}._build_token_to_kv_pool_allocator": "memory.build_allocator",
     f"{CONFIGURATOR}._build_req_to_token_pool": "memory.add_rows_for_paused",
+    f"{RECEIVER}._broadcast_reqs_across_ranks": "scheduler.broadcast_requests",
     f"{IN_SCHEDULER}.run_batch": "scheduler.run_batch",
     f"{IN_SCHEDULER}.get_next_batch_to_run": "scheduler.choose_next_batch",
     f"{IN_SCHEDULER}._should_defer_prefill": "scheduler.defer_prefill",
