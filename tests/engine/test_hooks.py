@@ -50,6 +50,8 @@ INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 )
 IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+IN_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
@@ -87,8 +89,13 @@ SCHEDULER = {
     **DETOKENIZER,
     f"{METRICS}.log_stats": "inspection.log_stats",
 }
+# In a process that only several replicas have; the servers here have one.
+CONTROLLER = {
+    f"{IN_CONTROLLER}.launch_dp_schedulers": "launcher.watch_schedulers",
+    f"{IN_CONTROLLER}.get_init_info": "launcher.controller_init_info",
+}
 TEST_CONTROL = {f"{INTERNAL_STATE}._update_handlers": "test_control.update_handlers"}
-TARGETS = sorted(ALWAYS | LAUNCHER | SCHEDULER | TEST_CONTROL)
+TARGETS = sorted(ALWAYS | LAUNCHER | CONTROLLER | SCHEDULER | TEST_CONTROL)
 
 # Writes, once the trigger is there, what each target is in this process. It imports
 # nothing: a module that the process has not loaded is reported as None.
@@ -140,14 +147,14 @@ def chain(target):
         function = getattr(function, "__wrapped__", None)
     return links
 """
-# In the scheduler: takes one hook away just before SGLang applies them.
+# In processes of one role: takes one hook away just before SGLang applies them.
 SABOTEUR = """
 import multiprocessing, os
 
 def register():
     from sglang.srt.plugins.hook_registry import HookRegistry
     process = multiprocessing.current_process()
-    if getattr(getattr(process, "_target", None), "__name__", "") != "run_scheduler_process":
+    if getattr(getattr(process, "_target", None), "__name__", "") != os.environ["SABOTAGED_ROLE"]:
         return
     apply_hooks = HookRegistry.apply_hooks
     def apply_others():
@@ -283,10 +290,11 @@ def test_the_probe_sees_every_symbol_where_it_is_used(
 # --- a hook that is not there -------------------------------------------------
 
 
-def sabotaged(folder: Path, target: str) -> str:
-    """Why a server ends whose scheduler lacks the hook on ``target``."""
-    env = second_plugin(folder, SABOTEUR) | {"SABOTAGED": target}
-    args = stock_args(build(TinyModel()), *ARGS, "--enable-orbitflow")
+def sabotaged(folder: Path, target: str, *flags: str, role: str = "run_scheduler_process") -> str:
+    """Why a server ends whose processes of ``role`` lack the hook on ``target``."""
+    env = second_plugin(folder, SABOTEUR) | {"SABOTAGED": target, "SABOTAGED_ROLE": role}
+    env |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if flags else {}
+    args = stock_args(build(TinyModel()), *ARGS, "--enable-orbitflow", *flags)
     with pytest.raises(ServerFailed) as caught:
         Server([*args, "--orbitflow-arena-tokens", "2048"], env=env).start()
     message = str(caught.value)
@@ -309,6 +317,36 @@ def test_a_scheduler_that_lacks_one_hook_ends_the_server_and_names_it(tmp_path: 
     assert f"OrbitFlow's hook on {target} is in place 0 times instead of once" in message
 
 
+DP_CONTROLLER = "run_data_parallel_controller_process"
+
+
+@pytest.mark.parametrize(
+    ("role", "target", "reason"),
+    [
+        (
+            "run_scheduler_process",
+            "sglang.srt.managers.scheduler.Scheduler.run_batch",
+            "OrbitFlow's hook on sglang.srt.managers.scheduler.Scheduler.run_batch is in place 0",
+        ),
+        (
+            "run_scheduler_process",
+            "sglang.srt.managers.scheduler.Scheduler.get_init_info",
+            "a scheduler process started without OrbitFlow's hooks",
+        ),
+        (
+            DP_CONTROLLER,
+            f"{IN_CONTROLLER}.get_init_info",
+            "a scheduler process started without OrbitFlow's hooks",
+        ),
+    ],
+    ids=["one hook", "a scheduler's mark", "the controller's mark"],
+)
+def test_replicas_are_checked_as_one_scheduler_is(
+    tmp_path: Path, role: str, target: str, reason: str
+) -> None:
+    assert reason in sabotaged(tmp_path, target, "--dp-size", "2", role=role)
+
+
 # Applies the hooks that the arguments name, in one call each, and verifies the table.
 APPLY = """
 import sys
@@ -325,7 +363,9 @@ print("VERIFIED")
 THE_TABLE = """
 import json
 from orbitflow_sglang.engine import hooks
-tables = hooks.ALWAYS, hooks.LAUNCHER, hooks.SCHEDULER, hooks.TEST_CONTROL
+tables = (
+    hooks.ALWAYS, hooks.LAUNCHER, hooks.CONTROLLER, hooks.SCHEDULER, hooks.TEST_CONTROL
+)
 print(json.dumps([{h.target: h.function.replace(":", ".") for h in t} for t in tables]))
 """
 
@@ -356,4 +396,4 @@ def test_the_table_is_what_these_tests_expect() -> None:
     run = run_python("-c", THE_TABLE)
     assert run.returncode == 0, run.stderr
     tables = json.loads(run.stdout.splitlines()[-1])
-    assert tables == [ALWAYS, LAUNCHER, SCHEDULER, TEST_CONTROL]
+    assert tables == [ALWAYS, LAUNCHER, CONTROLLER, SCHEDULER, TEST_CONTROL]

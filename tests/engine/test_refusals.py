@@ -54,9 +54,10 @@ SWITCHES = (
     "grpc_mode",
 )
 REFUSED: dict[str, Any] = dict.fromkeys(SWITCHES, True) | {
-    "tp_size": 2,
     "pp_size": 2,
-    "dp_size": 2,
+    "attn_dp_size": 2,
+    "ep_size": 2,
+    "moe_dp_size": 2,
     "nnodes": 2,
     "dcp_size": 2,
     "attn_cp_size": 2,

@@ -51,6 +51,20 @@ def test_the_resident_policy_has_neither_ring_nor_host_store() -> None:
     assert resolved(OrbitFlowConfig()) == Capacity(800, 0, 0, 100)
 
 
+@pytest.mark.parametrize("gb", [None, 0.001])
+def test_ranks_on_one_host_share_its_memory(gb: float | None) -> None:
+    config = OrbitFlowConfig(policy="static:1", host_memory_gb=gb)
+    budget = replace(BUDGET, ranks=4)
+    free = 800 * PAGE_BYTES
+    total = 400 if gb is None else 1000  # half of what is free, or what was given
+    if gb is not None:
+        with pytest.raises(ConfigError, match="free on this host"):
+            check_sizes(config, 8, 16, free)
+    # The others may have taken theirs already: of what is free, only the own share must be.
+    assert resolved(config, budget, free).host_pages == total // 4
+    assert resolved(config, budget, PLENTY).host_pages == (8 * 800 if gb is None else total // 4)
+
+
 def test_the_default_arena_is_bounded_by_max_total_tokens() -> None:
     budget = replace(BUDGET, max_total_tokens=800)
     assert resolved(OrbitFlowConfig(), budget).arena_pages == 50 * 8
