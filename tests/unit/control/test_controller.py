@@ -1,0 +1,218 @@
+"""The controller on an engine without a model: it keeps its word and nobody starves."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from fake_engine import MACHINE, ConstantCosts, FakeEngine, Job
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orbitflow_sglang.control.policies import RULES
+from orbitflow_sglang.control.view import NOTHING, Machine
+from orbitflow_sglang.planner.problem import PlanningProblem
+from orbitflow_sglang.planner.solver import greedy
+from orbitflow_sglang.planner.worker import Answer
+from orbitflow_sglang.slo import SLO
+
+pytestmark = pytest.mark.unit
+
+POLICIES = (
+    "orbitflow",
+    *(f"orbitflow:no-{rule}" for rule in RULES),
+    "swap",
+    "swap+order",
+    "time-sliced-swap",
+    "paper",
+    "queue",
+    "retract+order",
+)
+PAUSING = tuple(p for p in POLICIES if not p.startswith(("queue", "retract", "paper")))
+SLOS = (
+    SLO(),
+    SLO(ttft_s=1.0, tpot_s=0.03),
+    SLO(ttft_s=2.0, tpot_s=0.1, deposit=True),
+    SLO(tpot_s=0.05, tbt_s=0.2, deposit=True),
+    SLO(ttft_s=0.3, tpot_s=0.015, tbt_s=0.05),
+)
+SLOW_LINK = ConstantCosts(page_transfer_s=5e-3)
+FAST_LINK = ConstantCosts(page_transfer_s=2e-5)
+
+
+def load(count: int, seed: int, longest: int = 500) -> list[Job]:
+    """Requests that come within a second, of all kinds of targets."""
+    chance = random.Random(seed)
+    return [
+        Job(
+            prompt=round(math.exp(chance.uniform(math.log(16), math.log(longest)))),
+            output=chance.randint(1, 120),
+            arrival_s=chance.uniform(0, 1),
+            slo=chance.choice(SLOS),
+        )
+        for _ in range(count)
+    ]
+
+
+def assert_all_served(engine: FakeEngine, count: int) -> None:
+    engine.run()
+    assert len(engine.finished) == count
+    assert all(v.generated == v.max_new_tokens for v in engine.finished.values())
+
+
+# --- calm -------------------------------------------------------------------------
+
+
+def test_it_says_nothing_while_everything_fits() -> None:
+    engine = FakeEngine("orbitflow", [Job(100, 40), Job(60, 30)])
+    assert_all_served(engine, 2)
+    decode_steps = [decision for decision in engine.decisions if decision is NOTHING]
+    assert len(decode_steps) >= 38
+    assert engine.costs.plans == 0
+
+
+# --- nobody starves -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("costs", [ConstantCosts(), SLOW_LINK, FAST_LINK], ids=["", "slow", "fast"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_everybody_is_served_however_small_the_arena(policy: str, costs: ConstantCosts) -> None:
+    engine = FakeEngine(policy, load(30, seed=1), costs=replace(costs, plans=0))
+    assert_all_served(engine, 30)
+    # Over a fast link streaming may do where the order is that of arrival.
+    if policy in PAUSING and costs is not FAST_LINK:
+        assert engine.most_paused > 0, "the load was meant to be larger than the arena"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_everybody_is_served_where_host_memory_is_short_too(policy: str) -> None:
+    tight = replace(MACHINE, host_pages=MACHINE.layers * 16, main_pages=MACHINE.layers * 40)
+    assert_all_served(FakeEngine(policy, load(30, seed=2, longest=400), tight), 30)
+
+
+@pytest.mark.parametrize("policy", ["orbitflow", "time-sliced-swap", "swap+order"])
+@pytest.mark.parametrize("slo", SLOS, ids=range(len(SLOS)))
+def test_a_load_of_one_kind_is_served(policy: str, slo: SLO) -> None:
+    jobs = [replace(job, slo=slo) for job in load(24, seed=3)]
+    assert_all_served(FakeEngine(policy, jobs), 24)
+
+
+def test_one_request_larger_than_the_arena_decodes_beside_small_ones() -> None:
+    jobs = [Job(2000, 60), *load(8, seed=4, longest=60)]
+    assert_all_served(FakeEngine("orbitflow", jobs), 9)
+
+
+jobs_of_any_kind = st.lists(
+    st.builds(
+        Job,
+        prompt=st.integers(1, 900),
+        output=st.integers(1, 60),
+        arrival_s=st.sampled_from([0.0, 0.0, 0.01, 0.1, 0.5]),
+        slo=st.sampled_from(SLOS),
+    ),
+    min_size=1,
+    max_size=14,
+)
+machines = st.builds(
+    Machine,
+    layers=st.sampled_from([1, 2, 4, 8]),
+    page_size=st.sampled_from([1, 16, 32]),
+    main_pages=st.integers(300, 1200),
+    ring_pages=st.sampled_from([8, 32]),
+    host_pages=st.sampled_from([8 * 2000]),
+    max_running=st.integers(1, 8),
+    max_paused=st.integers(0, 8),
+    max_chunk_tokens=st.sampled_from([64, 256, 2048]),
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    policy=st.sampled_from([p for p in POLICIES if p not in ("queue", "retract+order")]),
+    jobs=jobs_of_any_kind,
+    machine=machines,
+    link_s=st.sampled_from([1e-6, 2e-4, 1e-2]),
+)
+def test_nobody_starves_and_no_limit_is_passed(
+    policy: str, jobs: list[Job], machine: Machine, link_s: float
+) -> None:
+    engine = FakeEngine(policy, jobs, machine, ConstantCosts(page_transfer_s=link_s))
+    assert_all_served(engine, len(jobs))
+
+
+# --- planners that are no use ---------------------------------------------------------
+
+
+class SilentWorker:
+    """Is asked and never answers."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def submit(self, problem: PlanningProblem, in_force: int | None = None, steps: int = 1) -> None:
+        self.asked += 1
+
+    def poll(self) -> Answer | None:
+        return None
+
+    @property
+    def busy(self) -> bool:
+        return self.asked > 0
+
+
+class LateWorker(SilentWorker):
+    """Answers some steps late, at times with a plan for requests that nobody knows."""
+
+    def __init__(self, strangers: bool) -> None:
+        super().__init__()
+        self._strangers = strangers
+        self._problem: PlanningProblem | None = None
+        self._wait = 0
+
+    def submit(self, problem: PlanningProblem, in_force: int | None = None, steps: int = 1) -> None:
+        super().submit(problem, in_force, steps)
+        self._problem, self._wait = problem, 5
+
+    def poll(self) -> Answer | None:
+        self._wait -= 1
+        if self._problem is None or self._wait > 0:
+            return None
+        problem, self._problem = self._problem, None
+        if self._strangers:
+            units = tuple(
+                replace(unit, id=f"x{row}", shared_by=()) for row, unit in enumerate(problem.units)
+            )
+            problem = replace(problem, units=units)
+        return Answer(self.asked, greedy(problem), "solved")
+
+
+def test_a_planner_that_never_answers_leaves_the_last_plan() -> None:
+    worker = SilentWorker()
+    engine = FakeEngine("orbitflow", load(24, seed=5), worker=worker, costs=replace(FAST_LINK))
+    assert_all_served(engine, 24)
+    assert worker.asked > 0
+    assert engine.controller.planning.sources["planned"] == 0
+    assert engine.controller.planning.sources["kept"] > 0
+
+
+@pytest.mark.parametrize("strangers", [False, True])
+def test_late_answers_and_plans_for_strangers_do_no_harm(strangers: bool) -> None:
+    worker = LateWorker(strangers)
+    engine = FakeEngine("orbitflow", load(24, seed=6), worker=worker, costs=replace(FAST_LINK))
+    assert_all_served(engine, 24)
+    assert worker.asked > 0
+
+
+# --- chunks -----------------------------------------------------------------------
+
+
+def test_a_long_prompt_takes_turns_with_a_strict_stream() -> None:
+    strict = SLO(tpot_s=0.02, tbt_s=0.03)
+    jobs = [Job(32, 120, slo=strict), Job(900, 4, arrival_s=0.1)]
+    engine = FakeEngine("orbitflow", jobs, costs=ConstantCosts(prefill_token_s=2e-4))
+    assert_all_served(engine, 2)
+    deferring = [not decision.prefill for decision in engine.decisions]
+    chunks = {d.chunk_tokens for d in engine.decisions if d.chunk_tokens is not None}
+    assert any(deferring) and max(chunks) < MACHINE.max_chunk_tokens, chunks
