@@ -49,7 +49,7 @@ def recover(scheduler: Any, runtime: Runtime, error: Exception) -> None:
         logger.error("OrbitFlow: a step failed and the server cannot go on: see the traceback")
         raise error
     counters.failed_steps += 1
-    cause = error.__cause__ or error
+    cause = _told(error)
     logger.error(
         "OrbitFlow: a step failed (%s): all KV is given up, requests that held any end with an "
         "error, waiting ones go on",
@@ -60,6 +60,16 @@ def recover(scheduler: Any, runtime: Runtime, error: Exception) -> None:
     for req in _holders(scheduler, runtime, error):
         _end(scheduler, req, f"OrbitFlow lost the KV cache of this request: {cause}")
     _empty(scheduler, runtime)
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, from the outside in."""
+    causes: list[str] = []
+    at: BaseException | None = error if error.__cause__ is None else error.__cause__
+    while at is not None:
+        causes.append(str(at))
+        at = at.__cause__
+    return ": ".join(causes)
 
 
 def _holders(scheduler: Any, runtime: Runtime, error: Exception) -> list[Req]:

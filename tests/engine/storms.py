@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from servers import FULL, give_up_midway
@@ -46,6 +47,9 @@ GROWING = mixed_requests(8, seed=22, shortest=200, longest=200, max_new_tokens=1
 ALL = [*STORM, *GROWING]
 
 
+_runs = count(1)
+
+
 @dataclass
 class Calm:
     """What is left of a storm."""
@@ -67,7 +71,7 @@ class Calm:
 
 def run_storm(client: Client, wanted: Sequence[Request], seed: int, give_up: bool = True) -> Calm:
     """Sends all at once; with ``give_up`` a third is aborted or hung up on, by their number."""
-    calm, lock = Calm(), threading.Lock()
+    calm, lock, run = Calm(), threading.Lock(), next(_runs)
 
     def one(index: int, request: Request) -> None:
         chance = random.Random(f"{seed}-{request.rid}")
@@ -75,8 +79,10 @@ def run_storm(client: Client, wanted: Sequence[Request], seed: int, give_up: boo
         if fate in (0, 1, 2):
             with lock:
                 calm.cut_short.add(request.rid)
+        # SGLang aborts the id of a stream once more 2 s after its end, so none is used twice.
+        sent = replace(request, rid=f"{run}-{request.rid}")
         try:
-            found = _fated(client, request, fate, chance)
+            found = replace(_fated(client, sent, fate, chance), rid=request.rid)
         except RequestFailed as refusal:
             with lock:
                 calm.refused[request.rid] = refusal
@@ -116,10 +122,10 @@ def control_of(client: Client) -> dict[str, Any]:
     return control
 
 
-def wait_until_paused(client: Client, count: int) -> None:
+def wait_until_paused(client: Client, number: int) -> None:
     """Returns when so many requests are paused."""
     deadline = time.monotonic() + 120
-    while control_of(client)["paused"] != count:
+    while control_of(client)["paused"] != number:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not {count} paused: {control_of(client)}")
+            raise TimeoutError(f"not {number} paused: {control_of(client)}")
         time.sleep(0.05)
