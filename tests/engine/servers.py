@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pytest
+
 from eval.client import Client, Generation, Request
 from eval.identity import mixed_requests
 from eval.server import CPU_ENV, ROOT, Server, stock_args
@@ -30,6 +32,8 @@ POLICIES = (
     "random:2",
     "random:3",
 )
+# What does not fit the time of `make test`.
+in_full_only = pytest.mark.skipif(not FULL, reason="takes servers of its own: in make test-full")
 CONCURRENCY = 8
 MODELS = {
     "llama": TinyModel("llama", layers=8),

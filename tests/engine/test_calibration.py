@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from servers import CONCURRENCY, FULL, Stock, assert_nothing_is_left, orbitflow_args
+from servers import CONCURRENCY, Stock, assert_nothing_is_left, in_full_only, orbitflow_args
 
 from eval.client import Request
 from eval.server import Server, ServerFailed
@@ -21,8 +21,6 @@ WANTED = [
     Request("short", tuple(range(100, 130)), max_new_tokens=24),
     Request("longer", tuple(range(1, 400)), max_new_tokens=24),
 ]
-
-in_full_only = pytest.mark.skipif(not FULL, reason="a server more: only in make test-full")
 
 PROFILE = Profile(  # of the tiny Llama with 8 layers, pages of 16 tokens, float32
     model="given",
@@ -112,6 +110,7 @@ def test_without_a_host_store_no_plan_counts_on_the_link(tmp_path: Path) -> None
         assert page_s == pytest.approx(1), "far more than a step takes"
 
 
+@in_full_only
 @pytest.mark.parametrize("policy", ["static:1", "orbitflow"])
 def test_what_never_plans_measures_nothing_and_a_given_file_is_used(
     tmp_path: Path, policy: str

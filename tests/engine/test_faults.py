@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from servers import TEST_CONTROL, Stock, assert_nothing_is_left, orbitflow_args, set_internal_state
+from servers import (
+    TEST_CONTROL,
+    Stock,
+    assert_nothing_is_left,
+    in_full_only,
+    orbitflow_args,
+    set_internal_state,
+)
 from storms import ALL, GROWING, STORM, STYLE, Calm, control_of, run_storm
 
 from eval.client import Client
 from eval.server import Server
 from orbitflow_sglang.engine.test_faults import FAULTS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, in_full_only]
 
 # Arena and host store together hold 1,900 tokens.
 FLAGS = (

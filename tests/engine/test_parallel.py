@@ -15,6 +15,7 @@ from servers import (
     FULL,
     Stock,
     assert_nothing_is_left,
+    in_full_only,
     orbitflow_args,
     run_with_aborts,
     set_internal_state,
@@ -74,11 +75,13 @@ def replicas(expected: list[Generation]) -> Iterator[Server]:
         yield server
 
 
+@in_full_only
 def test_replicas_share_the_memory_of_the_host(replicas: Server) -> None:
     for state in states(replicas):
         assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
 
 
+@in_full_only
 def test_replicas_answer_as_stock_sglang(
     replicas: Server, expected: list[Generation], identity_cells: dict[str, Comparison]
 ) -> None:
@@ -99,6 +102,7 @@ def test_replicas_answer_as_stock_sglang(
     assert_nothing_is_left(replicas)
 
 
+@in_full_only
 def test_replicas_are_told_apart_in_metrics(replicas: Server) -> None:
     series = replicas.metrics()["sglang:orbitflow_arena_pages"]
     assert sorted(sample.labels["dp_rank"] for sample in series) == ["0", "1"]

@@ -14,6 +14,7 @@ from servers import (
     TEST_CONTROL,
     Stock,
     assert_nothing_is_left,
+    in_full_only,
     orbitflow_args,
     set_internal_state,
 )
@@ -23,7 +24,7 @@ from eval.client import Client, Generation, Request, RequestFailed
 from eval.identity import Comparison, compare
 from eval.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, in_full_only]
 
 ROUNDS = 3 if FULL else 1
 FLAGS = ("--orbitflow-arena-tokens", "1024", "--orbitflow-host-memory-gb", "0.1")
