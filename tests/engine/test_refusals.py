@@ -385,11 +385,11 @@ SERVERS: dict[str, tuple[list[str], str]] = {
     "unknown policy": (
         ["--enable-orbitflow", "--orbitflow-policy", "nonsense"],
         "--orbitflow-policy: unknown policy 'nonsense': use resident, static:d (d >= 1), "
-        "all-host or random:SEED",
+        "all-host or random:SEED; or orbitflow, paper, swap, time-sliced-swap, queue, retract",
     ),
     "arena too small": (
         ["--enable-orbitflow", "--orbitflow-arena-tokens", "16"],
-        "an arena of 8 pages leaves 8 outside the ring of 0; even one request needs 16 (two pages "
+        "an arena of 8 pages leaves 6 outside the ring of 2; even one request needs 16 (two pages "
         "in each of 8 layers): raise --orbitflow-arena-tokens, or lower --orbitflow-ring-pages "
         "or --page-size",
     ),

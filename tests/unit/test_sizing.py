@@ -48,7 +48,7 @@ def test_by_default_the_host_store_takes_at_most_half_of_what_is_free() -> None:
 
 
 def test_the_resident_policy_has_neither_ring_nor_host_store() -> None:
-    assert resolved(OrbitFlowConfig()) == Capacity(800, 0, 0, 100)
+    assert resolved(OrbitFlowConfig(policy="resident")) == Capacity(800, 0, 0, 100)
 
 
 @pytest.mark.parametrize("gb", [None, 0.001])
@@ -89,7 +89,8 @@ def test_sizes_that_are_given_are_taken_as_they_are() -> None:
 
 
 def test_an_arena_of_part_pages_is_rounded_down() -> None:
-    assert resolved(OrbitFlowConfig(arena_tokens=47)).arena_pages == 2 * 8
+    config = OrbitFlowConfig(policy="resident", arena_tokens=47)
+    assert resolved(config).arena_pages == 2 * 8
 
 
 def test_the_default_ring_has_two_pages_at_least() -> None:
