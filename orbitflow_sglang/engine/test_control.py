@@ -5,8 +5,8 @@ comma-separated list of policies. ``{"orbitflow_policy": i}`` places by the i-th
 them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host copies of
 the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
-``{"orbitflow_hold": n}`` keeps every request that is paused then paused, and admits
-nobody else, until n = 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
+``{"orbitflow_hold": 1}`` pauses whoever decodes, ids that begin with ``NOT_HELD`` left
+out, until it is 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
 ``{"orbitflow_tables": 1}`` is refused unless all ranks of a group have their pages in the
 same places, and have had so at every step since the first such command. ``{"orbitflow_slow": n}``
 holds the copies of a group's ranks but the first to n MB/s.
@@ -34,6 +34,8 @@ from orbitflow_sglang.engine.scheduler import runtime_of
 from orbitflow_sglang.engine.test_faults import FAULTS
 from orbitflow_sglang.planner.policies import make_policy
 from orbitflow_sglang.residency.page_table import PageState
+
+NOT_HELD = "free"  # as an id begins
 
 
 def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
@@ -129,13 +131,18 @@ class _Corruption:
 
 
 def _hold(observation: Observation, decision: StepDecision) -> StepDecision:
-    """Whoever decodes is paused, and nobody comes back."""
+    """Whoever decodes is paused, and nobody comes back; SGLang admits whom it has slots for."""
     pause = tuple(
         view.rid
         for view in observation.requests
-        if view.phase == "decode" and view.pausable and view.generated > 0
+        if view.phase == "decode"
+        and view.pausable
+        and view.generated > 0
+        and not view.rid.startswith(NOT_HELD)
     )
-    return replace(decision, pause=pause, resume=(), fetch=())
+    return replace(
+        decision, pause=pause, resume=(), fetch=(), admit=None, prefill=True, chunk_tokens=None
+    )
 
 
 class _ForcedPauses:

@@ -146,7 +146,13 @@ def adopt(problem: PlanningProblem, answer: Plan | None, last: Plan | None) -> t
         carried = _carried(problem, plan)
         if carried is not None:
             return carried, source
-    return greedy(problem), "greedy"
+    plan = greedy(problem)
+    if not plan.fits:
+        # More is on the host than may be streamed now, for which the budget has shrunk.
+        nowhere = tuple(replace(unit, present=()) for unit in problem.units)
+        anew = greedy(replace(problem, units=nowhere))
+        plan = replace(anew, problem=problem) if anew.fits else plan
+    return plan, "greedy"
 
 
 def _carried(problem: PlanningProblem, plan: Plan) -> Plan | None:

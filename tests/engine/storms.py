@@ -7,12 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from servers import FULL, give_up_midway
+from servers import FULL, Stock, give_up_midway, set_internal_state
 
 from eval.client import Client, Generation, Request, RequestFailed
 from eval.identity import Comparison, compare, mixed_requests
@@ -44,7 +44,11 @@ def storm_requests() -> list[Request]:
 STORM = storm_requests()
 # 8 that grow together from 1,600 tokens to 2,560.
 GROWING = mixed_requests(8, seed=22, shortest=200, longest=200, max_new_tokens=120)
-ALL = [*STORM, *GROWING]
+# Never held, and long enough to outgrow whatever the short ones leave of 1,900 tokens.
+(FREE,) = mixed_requests(1, seed=23, shortest=200, longest=200, max_new_tokens=300)
+FREE = replace(FREE, rid="free")
+FILLING = mixed_requests(24, seed=24, shortest=72, longest=72, max_new_tokens=8)
+ALL = [*STORM, *GROWING, FREE, *FILLING]
 
 
 _runs = count(1)
@@ -123,9 +127,49 @@ def control_of(client: Client) -> dict[str, Any]:
 
 
 def wait_until_paused(client: Client, number: int) -> None:
-    """Returns when so many requests are paused."""
+    """Returns when at least so many requests are paused."""
     deadline = time.monotonic() + 120
-    while control_of(client)["paused"] != number:
+    while control_of(client)["paused"] < number:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not {number} paused: {control_of(client)}")
         time.sleep(0.05)
+
+
+class Held:
+    """Requests that stay paused until they are let go."""
+
+    def __init__(
+        self, server: Client, wanted: Sequence[Request], at_least: int | None = None
+    ) -> None:
+        self.server, self.wanted = server, wanted
+        self._at_least = len(wanted) if at_least is None else at_least
+        self._pool = ThreadPoolExecutor(len(wanted))
+        self.answers: dict[str, Future[Generation]] = {}
+
+    def __enter__(self) -> Held:
+        set_internal_state(self.server, "orbitflow_hold", 1)
+        for request in self.wanted:
+            self.answers[request.rid] = self._pool.submit(
+                self.server.generate, request.input_ids, request.max_new_tokens, rid=request.rid
+            )
+        try:
+            wait_until_paused(self.server, self._at_least)
+        except TimeoutError:
+            self.__exit__()
+            raise
+        return self
+
+    def let_go(self) -> None:
+        set_internal_state(self.server, "orbitflow_hold", 0)
+
+    def __exit__(self, *args: object) -> None:
+        self.let_go()
+        self.server.post("/continue_generation", {})
+        self._pool.shutdown()
+
+    def assert_answered(self, stock: Stock, besides: str | None = None) -> None:
+        wanted = [request.rid for request in self.wanted if request.rid != besides]
+        expected = {one.rid: one for one in stock.answers(STYLE, ALL)}
+        found = [self.answers[rid].result() for rid in wanted]
+        result = compare([expected[rid] for rid in wanted], found)
+        assert not result.failures, result

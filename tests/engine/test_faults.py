@@ -17,7 +17,7 @@ from servers import (
     orbitflow_args,
     set_internal_state,
 )
-from storms import ALL, GROWING, STORM, STYLE, Calm, control_of, run_storm
+from storms import ALL, FILLING, FREE, GROWING, STORM, STYLE, Calm, Held, control_of, run_storm
 
 from eval.client import Client
 from eval.server import Server
@@ -31,7 +31,7 @@ FLAGS = (
     # SGLang then admits requests whose full outputs do not fit together.
     *("--schedule-conservativeness", "0.05"),
 )
-WANTED = [*GROWING[:4], *STORM[:8]]
+WANTED = [*GROWING[:4], *STORM[:4]]
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,32 @@ def assert_all_served(server: Server, stock: Stock) -> None:
 
 
 def test_full_memory_makes_requests_compute_their_kv_again(server: Server, stock: Stock) -> None:
+    # Paused requests keep their KV, so that all of them get in; then they outgrow memory.
+    set_internal_state(server, "orbitflow_pause", 4)
     calm = run_storm(server, GROWING, seed=0, give_up=False)
+    set_internal_state(server, "orbitflow_pause", 0)
     assert not calm.refused, calm.refused
     assert_right(calm, stock)
-    assert control_of(server)["retractions"] > 0
+    assert control_of(server)["retractions"] > 0, control_of(server)
     log = server.log.read_text(encoding="utf-8", errors="replace")
     assert "a larger --orbitflow-host-memory-gb avoids that" in log
+    assert_nothing_is_left(server)
+
+
+def test_paused_requests_give_up_their_kv_before_the_last_running_one_has_to_end(
+    server: Server, stock: Stock
+) -> None:
+    before = control_of(server)["retractions"]
+    set_internal_state(server, "orbitflow_hold", 1)
+    stream = server.stream(FREE.input_ids, FREE.max_new_tokens, rid=FREE.rid)
+    answer = next(stream)  # it runs; then the others fill what it has yet to grow into
+    with Held(server, FILLING, at_least=1) as held:
+        *_, answer = stream
+        held.let_go()
+        held.assert_answered(stock)
+    expected = {one.rid: one for one in stock.answers(STYLE, ALL)}[FREE.rid]
+    assert (answer.finish_reason, answer.output_ids) == ("length", expected.output_ids)
+    assert control_of(server)["retractions"] > before
     assert_nothing_is_left(server)
 
 

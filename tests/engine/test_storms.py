@@ -6,7 +6,6 @@ Nothing here bounds times: that everybody is served is the statement.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from servers import (
@@ -18,10 +17,10 @@ from servers import (
     orbitflow_args,
     set_internal_state,
 )
-from storms import ALL, STORM, STYLE, control_of, run_storm, wait_until_paused
+from storms import ALL, STORM, STYLE, Held, control_of, run_storm
 
-from eval.client import Client, Generation, Request, RequestFailed
-from eval.identity import Comparison, compare
+from eval.client import RequestFailed
+from eval.identity import Comparison
 from eval.server import Server
 
 pytestmark = [pytest.mark.engine, in_full_only]
@@ -59,39 +58,6 @@ def test_everybody_in_a_storm_is_served_and_nothing_is_left(
     assert control_of(server)["paused"] == 0
 
 
-class Held:
-    """Requests that stay paused until they are let go."""
-
-    def __init__(self, server: Client, wanted: list[Request]) -> None:
-        self.server, self.wanted = server, wanted
-        self._pool = ThreadPoolExecutor(len(wanted))
-        self.answers: dict[str, Future[Generation]] = {}
-
-    def __enter__(self) -> Held:
-        set_internal_state(self.server, "orbitflow_hold", 1)
-        for request in self.wanted:
-            self.answers[request.rid] = self._pool.submit(
-                self.server.generate, request.input_ids, request.max_new_tokens, rid=request.rid
-            )
-        wait_until_paused(self.server, len(self.wanted))
-        return self
-
-    def let_go(self) -> None:
-        set_internal_state(self.server, "orbitflow_hold", 0)
-
-    def __exit__(self, *args: object) -> None:
-        self.let_go()
-        self.server.post("/continue_generation", {})
-        self._pool.shutdown()
-
-    def assert_answered(self, stock: Stock, besides: str | None = None) -> None:
-        wanted = [request.rid for request in self.wanted if request.rid != besides]
-        expected = {one.rid: one for one in stock.answers(STYLE, ALL)}
-        found = [self.answers[rid].result() for rid in wanted]
-        result = compare([expected[rid] for rid in wanted], found)
-        assert not result.failures, result
-
-
 def test_paused_requests_are_seen_and_protected(server: Server, stock: Stock) -> None:
     with Held(server, FEW) as held:
         (load,) = server.loads()
@@ -125,7 +91,7 @@ def test_a_paused_request_can_be_aborted_alone(server: Server, stock: Stock) -> 
         server.abort(FEW[1].rid)
         ended = held.answers[FEW[1].rid].result()
         assert ended.finish_reason == "abort" and len(ended.output_ids) < FEW[1].max_new_tokens
-        wait_until_paused(server, len(FEW) - 1)
+        assert control_of(server)["paused"] == len(FEW) - 1
         held.let_go()
         held.assert_answered(stock, besides=FEW[1].rid)
     assert_nothing_is_left(server)

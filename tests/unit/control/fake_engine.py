@@ -259,9 +259,10 @@ class FakeEngine:
         )
 
     def _has_slots(self, view: RequestView) -> bool:
-        """SGLang leaves room for a part of what those that decode will still say."""
+        """SGLang wants slots for all that a newcomer may say, and for a part of what is still
+        to come of those that decode; it does not see those that are paused."""
         to_come = sum(v.max_new_tokens - v.generated for v in self._phase("decode"))
-        wanted = self._slots(view.prompt_tokens) + self.machine.page_size
+        wanted = self._slots(view.prompt_tokens) + view.max_new_tokens - view.generated
         return self._held() + wanted + int(0.3 * to_come) <= self._capacity
 
     def _make_slots(self) -> None:
