@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import run_python
+from servers import in_full_only, run_python
 
 from eval.server import Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
@@ -320,6 +320,7 @@ def test_a_scheduler_that_lacks_one_hook_ends_the_server_and_names_it(tmp_path: 
 DP_CONTROLLER = "run_data_parallel_controller_process"
 
 
+@in_full_only
 @pytest.mark.parametrize(
     ("role", "target", "reason"),
     [

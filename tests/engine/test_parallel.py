@@ -25,6 +25,8 @@ from eval.client import Client, Generation, Request
 from eval.identity import Comparison, compare, mixed_requests
 from eval.server import Server
 
+pytestmark = [pytest.mark.engine, in_full_only]
+
 STYLE = "llama"
 ARENA = (
     *("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2"),
@@ -75,13 +77,11 @@ def replicas(expected: list[Generation]) -> Iterator[Server]:
         yield server
 
 
-@in_full_only
 def test_replicas_share_the_memory_of_the_host(replicas: Server) -> None:
     for state in states(replicas):
         assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
 
 
-@in_full_only
 def test_replicas_answer_as_stock_sglang(
     replicas: Server, expected: list[Generation], identity_cells: dict[str, Comparison]
 ) -> None:
@@ -102,7 +102,6 @@ def test_replicas_answer_as_stock_sglang(
     assert_nothing_is_left(replicas)
 
 
-@in_full_only
 def test_replicas_are_told_apart_in_metrics(replicas: Server) -> None:
     series = replicas.metrics()["sglang:orbitflow_arena_pages"]
     assert sorted(sample.labels["dp_rank"] for sample in series) == ["0", "1"]
