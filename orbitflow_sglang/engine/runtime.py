@@ -89,7 +89,8 @@ class Runtime:
 
     def set_policy(self, policy: Policy) -> None:
         """Place by another policy from the next step on."""
-        self.placer = PolicyPlacer(self.store, policy)
+        before, self.placer = self.placer, PolicyPlacer(self.store, policy)
+        self.placer.placements = before.placements  # a counter never falls
 
     def start_over(self) -> None:
         """Forget what was done so far: it was not for any request. All pages must be free."""
