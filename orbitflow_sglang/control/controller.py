@@ -380,7 +380,8 @@ class Controller:
 
     def _mirror(self, scene: Scene, gone: Sequence[str]) -> tuple[str, ...]:
         """Who may be set aside next: copied to the host ahead, so that it costs nothing then."""
-        if self.spec.overflow != "pause" or not (scene.waiting or scene.paused):
+        kept_out = any(view.rid not in self._granted for view in scene.waiting)
+        if self.spec.overflow != "pause" or not (kept_out or scene.paused):
             return ()
         able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]
         next_out = rules.overflowing(able, self.spec.victim)

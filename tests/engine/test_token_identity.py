@@ -139,10 +139,10 @@ def test_a_corrupted_page_is_noticed(current: Current, stock: Stock) -> None:
     assert_nothing_is_left(server)
 
 
-def test_resident_serves_the_same_tokens_without_a_host_store(
+def test_where_everything_fits_there_are_no_tables_and_no_transfers(
     current: Current, stock: Stock, identity_cells: dict[str, Comparison]
 ) -> None:
-    """The default policy on an arena that holds all: no tables and no transfers."""
+    """The default policy on an arena that holds all."""
     wanted = workload("llama")
     expected = stock.answers("llama", wanted)
     current.stop()
@@ -150,11 +150,11 @@ def test_resident_serves_the_same_tokens_without_a_host_store(
     with Server(args) as server:
         outcome = run_with_aborts(server, wanted)
         result = compare(expected, outcome.generations, cut_short=outcome.aborted)
-        identity_cells["resident llama, everything fits"] = result
+        identity_cells["orbitflow llama, everything fits"] = result
         assert not result.failures, result
         (state,) = server.orbitflow()
         assert state is not None
-        assert state["policy"] == "resident"
+        assert state["policy"] == "orbitflow"
         assert state["steps"] > 0
         assert state["tiered_steps"] == 0
         assert state["h2d"]["bytes"] == state["d2h"]["bytes"] == 0
