@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -16,6 +16,7 @@ from orbitflow_sglang.planner.problem import IntArray, Plan, PlanningProblem, Un
 from orbitflow_sglang.planner.worker import Answer
 
 WINDOW_STEPS = 32
+REMEMBERED_SOLVES = 1024
 WORKER_LIMIT_S = 1.0  # of a solve: the batch has changed by then
 
 
@@ -39,6 +40,8 @@ class Planning:
     def __init__(self, machine: Machine, mode: str, worker: Worker | None) -> None:
         self.plan: Plan | None = None
         self.sources: Counter[str] = Counter()
+        self.solves, self.solve_s = 0, 0.0  # of the worker's plans that were put in force
+        self.solve_times: deque[float] = deque(maxlen=REMEMBERED_SOLVES)  # not yet reported
         self._machine = machine
         self._mode = mode
         self.worker = worker
@@ -122,6 +125,10 @@ class Planning:
     def _adopt(self, problem: PlanningProblem, answer: Answer | None) -> Plan:
         plan, source = adopt(problem, None if answer is None else answer.plan, self.plan)
         self.sources[source] += 1
+        if answer is not None and source == "planned" and answer.outcome != "reused":
+            self.solves += 1
+            self.solve_s += answer.plan.solve_s
+            self.solve_times.append(answer.plan.solve_s)
         same = answer is not None and plan is answer.plan
         if plan is not self.plan:
             self._number = answer.number if same and answer is not None else None

@@ -27,7 +27,7 @@ from orbitflow_sglang.control.view import (
     StepDecision,
     UnitView,
 )
-from orbitflow_sglang.engine import pausing, ranks
+from orbitflow_sglang.engine import metrics, pausing, ranks
 from orbitflow_sglang.engine.pausing import Paused
 from orbitflow_sglang.engine.placement import LiveRequest, PlanPlacer, units_of
 from orbitflow_sglang.engine.runtime import Runtime
@@ -78,6 +78,8 @@ class SchedulerControl:
         self.force: Callable[[Observation, StepDecision], StepDecision] | None = None  # tests only
         self.counts: Counter[str] = Counter()
         self.step_ratios: deque[float] = deque(maxlen=256)  # measured / predicted, decode steps
+        self.step_times: deque[tuple[float, float]] = deque(maxlen=256)  # measured, predicted
+        self.attained: Counter[str] = Counter()  # finished requests by what they met
         self.longest_pause_s = 0.0
         self.longest_wait_s = 0.0  # of a newcomer for its first step
         self._lockstep, self._leads = ranks.in_lockstep(), ranks.leads()
@@ -235,6 +237,7 @@ class SchedulerControl:
                 step.new_tokens, max(1e-6, seconds - stall), step.context_tokens
             )
             return
+        self.step_times.append((seconds, step.predicted_s))
         self.step_ratios.append(seconds / max(1e-9, step.predicted_s))
         self.feedback.decode_step(step.batch, step.context_tokens, seconds, stall)
         if self.feedback.take_drift():
@@ -264,6 +267,7 @@ class SchedulerControl:
         part: dict[str, Any] = {"slo": self._targets(view.slo)}
         if ends:
             times = view.times
+            metrics.count_generated(self.attained, req, times)
             part |= {"generated": times.report(), "pauses": view.pauses}
             part["deposit_tokens"] = times.deposit_tokens
         setattr(req.time_stats, META_KEY, part)
@@ -349,6 +353,8 @@ class SchedulerControl:
             "longest_wait_s": self.longest_wait_s,
             "plans": dict(controller.planning.sources),
             "planner": {} if planner is None else dict(planner.counts),
+            "plan_solves": {"count": controller.planning.solves, "s": controller.planning.solve_s},
+            "attained": dict(self.attained),
             "step_ratio": statistics.median(self.step_ratios) if self.step_ratios else None,
             "reasons": list(controller.reasons)[-MAX_REASONS:],
         }

@@ -30,6 +30,7 @@ _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerO
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _OPENAI = "sglang.srt.entrypoints.openai"
 _LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+_REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
 
@@ -141,7 +142,9 @@ SCHEDULER = (
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),
     *DETOKENIZER,
-    Hook(f"{_METRICS}.log_stats", HookType.AFTER, "inspection:log_stats"),
+    Hook(f"{_METRICS}.log_stats", HookType.AFTER, "metrics:log_stats"),
+    Hook(f"{_REPORTER}._maybe_log_idle_metrics", HookType.AFTER, "metrics:idle"),
+    Hook(f"{_REPORTER}.report_decode_stats", HookType.AFTER, "metrics:report_decode_stats"),
 )
 # Only under ``TEST_CONTROL_ENV``.
 TEST_CONTROL = (

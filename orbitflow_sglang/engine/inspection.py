@@ -1,4 +1,4 @@
-"""What operators see: the ``orbitflow`` section of ``/server_info`` and Prometheus series."""
+"""What operators see in ``/server_info``: its ``orbitflow`` section."""
 
 from __future__ import annotations
 
@@ -102,65 +102,4 @@ def _request(runtime: Runtime, request: LiveRequest) -> dict[str, Any]:
         "offloaded_layers": layers.tolist(),
         "pages_on_device": int(in_arena.sum()),
         "pages_on_host": int((~in_arena).sum()),
-    }
-
-
-_SERIES: dict[str, tuple[str, str]] = {
-    "arena_pages": ("gauge", "Pages of the device arena outside the ring."),
-    "arena_pages_free": ("gauge", "Free pages of the device arena."),
-    "host_pages": ("gauge", "Pages of the host store."),
-    "host_pages_free": ("gauge", "Free pages of the host store."),
-    "staged_pages": ("gauge", "Pages of the ring in use."),
-    "h2d_bytes_total": ("counter", "Bytes of KV moved from host to device."),
-    "d2h_bytes_total": ("counter", "Bytes of KV moved from device to host."),
-    "stall_seconds_total": ("counter", "Time that compute waited for pages to arrive."),
-    "tiered_steps_total": ("counter", "Forward passes with pages on the host or on the move."),
-    "placements_total": ("counter", "Times that a placement was made."),
-    "failed_idle_checks_total": ("counter", "Idle checks that found a violated invariant."),
-}
-_metrics: dict[str, Any] = {}
-_reported: dict[str, float] = {}
-
-
-def log_stats(result: None, collector: Any, stats: Any) -> None:
-    """After ``SchedulerMetricsCollector.log_stats``: our series, with SGLang's labels."""
-    runtime = Runtime.current
-    if runtime is None:
-        return
-    for name, value in _values(runtime).items():
-        kind, text = _SERIES[name]
-        if name not in _metrics:
-            _metrics[name] = _new_metric(kind, name, text, collector.labels)
-        metric = _metrics[name].labels(**collector.labels)
-        if kind == "gauge":
-            metric.set(value)
-        else:
-            metric.inc(value - _reported.get(name, 0))
-            _reported[name] = value
-
-
-def _new_metric(kind: str, name: str, text: str, labels: dict[str, str]) -> Any:
-    # Imported late: the library reads PROMETHEUS_MULTIPROC_DIR when it is imported.
-    from prometheus_client import Counter, Gauge
-
-    full = f"sglang:orbitflow_{name}"
-    if kind == "gauge":
-        return Gauge(full, text, labels.keys(), multiprocess_mode="mostrecent")
-    return Counter(full, text, labels.keys())
-
-
-def _values(runtime: Runtime) -> dict[str, float]:
-    store, counters = runtime.store, runtime.counters
-    return {
-        "arena_pages": store.capacity.main_pages,
-        "arena_pages_free": store.arena.num_free,
-        "host_pages": store.capacity.host_pages,
-        "host_pages_free": store.host.num_free,
-        "staged_pages": store.capacity.ring_pages - store.ring.num_free,
-        "h2d_bytes_total": store.engine.h2d.bytes,
-        "d2h_bytes_total": store.engine.d2h.bytes,
-        "stall_seconds_total": store.ring.stall_s,
-        "tiered_steps_total": counters.tiered_steps,
-        "placements_total": runtime.placer.placements,
-        "failed_idle_checks_total": counters.failed_idle_checks,
     }

@@ -31,6 +31,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput, unwrap_from_pickle
 from orbitflow_sglang.config import OrbitFlowConfig
 from orbitflow_sglang.control.deposit import Attainment, TokenTimes
 from orbitflow_sglang.control.paced_stream import Chunk, finishes, paced, tokens_so_far
+from orbitflow_sglang.engine.metrics import count_delivered
 from orbitflow_sglang.engine.requests import custom_params_of
 from orbitflow_sglang.slo import SLO, request_slo
 
@@ -182,28 +183,4 @@ class _Delivery:
             if key in labels:
                 labels[key] = value
         numbers = (delivered[key] for key in ("ttft_s", "tpot_s", "max_tbt_s"))
-        _count(Attainment.of(self.slo(), *numbers), {**labels, "kind": "delivered"})
-
-
-# --- Prometheus ---------------------------------------------------------------
-
-_SERIES: dict[str, tuple[str, Callable[[Attainment], bool]]] = {
-    "slo_requests_total": ("Requests that finished.", lambda met: True),
-    "slo_ttft_met_total": ("Of those, with the TTFT in time.", lambda met: met.ttft),
-    "slo_tpot_met_total": ("Of those, with the TPOT in time.", lambda met: met.tpot),
-    "slo_tbt_met_total": ("Of those, with no gap above the TBT target.", lambda met: met.tbt),
-    "slo_good_total": ("Of those, with TTFT and TPOT in time.", lambda met: met.good),
-    "slo_strict_total": ("Of the good ones, without a gap above 1 s.", lambda met: met.strict),
-}
-_counters: dict[str, Any] = {}
-
-
-def _count(met: Attainment, labels: dict[str, str]) -> None:
-    # Imported late: the library reads PROMETHEUS_MULTIPROC_DIR when it is imported.
-    from prometheus_client import Counter
-
-    for name, (text, holds) in _SERIES.items():
-        if name not in _counters:
-            _counters[name] = Counter(f"sglang:orbitflow_{name}", text, labels.keys())
-        # Also where nothing is added: a ratio of two series needs both to be there.
-        _counters[name].labels(**labels).inc(int(holds(met)))
+        count_delivered(Attainment.of(self.slo(), *numbers), labels)

@@ -53,6 +53,7 @@ IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 IN_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
@@ -87,7 +88,9 @@ SCHEDULER = {
     f"{IN_SCHEDULER}.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
     **DETOKENIZER,
-    f"{METRICS}.log_stats": "inspection.log_stats",
+    f"{METRICS}.log_stats": "metrics.log_stats",
+    f"{REPORTER}._maybe_log_idle_metrics": "metrics.idle",
+    f"{REPORTER}.report_decode_stats": "metrics.report_decode_stats",
 }
 # In a process that only several replicas have; the servers here have one.
 CONTROLLER = {
