@@ -267,12 +267,15 @@ def test_paced_openai_streams_come_to_the_same_text(server: Server, form: str) -
 
 
 def test_a_client_that_hangs_up_on_a_paced_stream_leaves_nothing(server: Server) -> None:
+    # What comes before is not ours: SGLang's warm-up logs a traceback when it is quicker
+    # than its own web server.
+    before = len(server.log.read_text())
     streams = [server.stream(PROMPT, 4000, custom_params=PACED) for _ in range(3)]
     for stream in streams:
         next(stream)
         stream.close()
     assert_nothing_is_left(server)
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()[before:]
 
 
 def test_an_abort_ends_a_paced_stream_with_what_was_generated(server: Server) -> None:

@@ -25,8 +25,10 @@ subprocess.run(["sh", "-c", f"setsid sleep 300 {sys.argv[1]} & true"], check=Tru
 print("up", flush=True)
 time.sleep(300)
 """
+# A shell starts background jobs with SIGINT ignored, which children would inherit.
 OWNER = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 time.sleep(300)
 """
