@@ -104,10 +104,9 @@ class SchedulerControl:
                 view = self.views[rid]
                 self._end_of_pause(view)
                 self.counts["resumes"] += 1
-        if decision is not NOTHING or self._placer.spills:
+        if decision is not NOTHING or self._placer.spills or self._placer.mirrors:
             away = {*self.paused, *decision.pause} - {*decision.fetch}
-            live = self._live()
-            self._placer.adopt(decision, away, live, self._pages(live))
+            self._placer.adopt(decision, away, self._holders)
         return running
 
     def ahead(self) -> StepDecision | None:
@@ -442,8 +441,10 @@ class SchedulerControl:
             if req.kv.holds_kv
         ]
 
-    def _pages(self, live: Iterable[LiveRequest]) -> list[np.ndarray]:
-        return [self._runtime.pages_of(request) for request in live]
+    def _holders(self) -> tuple[list[LiveRequest], list[np.ndarray]]:
+        """Every request that holds KV, with its pages."""
+        live = self._live()
+        return live, [self._runtime.pages_of(request) for request in live]
 
     def _pages_of(self, req: Req) -> np.ndarray:
         return self._runtime.pages_of(
@@ -451,7 +452,6 @@ class SchedulerControl:
         )
 
     def _units(self) -> list[UnitView]:
-        live = self._live()
-        store = self._runtime.store
-        found = units_of(live, self._pages(live), len(store.table.in_use), store.layout.page_size)
+        store, (live, held) = self._runtime.store, self._holders()
+        found = units_of(live, held, len(store.table.in_use), store.layout.page_size)
         return [unit for unit, _ in found]

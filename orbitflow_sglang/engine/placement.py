@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class Placer(Protocol):
     def spills(self) -> bool:
         """Whether a step may need tables because of it."""
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether pages that stay are to be copied to the host, which needs no tables."""
+
     def place(self, live: Sequence[LiveRequest], held: Sequence[np.ndarray], step: Step) -> None:
         """Ahead of ``store.begin(step)``; ``held``: the pages of each live request."""
 
@@ -65,6 +69,11 @@ class PolicyPlacer:
     def spills(self) -> bool:
         """Whether pages ever leave the device."""
         return self.policy.spills
+
+    @property
+    def mirrors(self) -> bool:
+        """Never."""
+        return False
 
     def place(self, live: Sequence[LiveRequest], held: Sequence[np.ndarray], step: Step) -> None:
         """Place anew when somebody has come or gone, or memory has become too small."""
@@ -133,26 +142,35 @@ class PlanPlacer:
         # Of each placed request: row index of its first own page, pages on the host [layers].
         self._placed: dict[str, tuple[int, np.ndarray]] = {}
         self._away: frozenset[str] = frozenset()
+        self._settled = True  # whoever is away has left the arena
         self._decision = StepDecision()
 
     @property
     def spills(self) -> bool:
-        """Whether somebody is offloaded, paused or coming back."""
-        return bool(self._placed or self._away or self._decision.fetch or self._decision.mirror)
+        """Whether somebody is offloaded, on the way out or coming back."""
+        return bool(self._placed or self._decision.fetch) or not self._settled
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether somebody is to be mirrored in case of a pause."""
+        return bool(self._decision.mirror)
 
     def adopt(
         self,
         decision: StepDecision,
         away: Collection[str],
-        live: Sequence[LiveRequest],
-        held: Sequence[np.ndarray],
+        holders: Callable[[], tuple[Sequence[LiveRequest], Sequence[np.ndarray]]],
     ) -> None:
-        """Carry out ``decision``; the requests in ``away`` live on the host as a whole."""
+        """Carry out ``decision``; the requests in ``away`` live on the host as a whole.
+
+        ``holders`` gives the live requests and the pages of each.
+        """
         self._decision = decision
         gone = frozenset(away)
         if decision.placement is None and gone == self._away:
             return
-        self._away = gone
+        live, held = holders()
+        self._away, self._settled = gone, not gone
         if decision.placement is not None:
             self._place_units(decision.placement, live, held)
         elif gone:
@@ -180,7 +198,10 @@ class PlanPlacer:
 
     def begun(self, live: Sequence[LiveRequest], held: Sequence[np.ndarray]) -> None:
         """Fetch for those coming back, then mirror who may be paused next."""
-        decision = self._decision
+        decision, table = self._decision, self._store.table
+        if not self._settled:
+            leaving = [p for r, p in zip(live, held, strict=True) if r.rid in self._away]
+            self._settled = not (table.device_page[:, self._used(joined(leaving))] >= 0).any()
         if not (decision.fetch or decision.mirror):
             return
         pages_of = {request.rid: pages for request, pages in zip(live, held, strict=True)}

@@ -130,7 +130,7 @@ class Probe:
         """Open the pages of ``batch`` and write some KV to them."""
         store = self._runtime.store
         pages = np.concatenate([self._runtime.pages_of(live) for live in _live(batch)])
-        starts = store.begin_uniform(pages, pages)
+        starts = store.begin_uniform(pages, pages, pages)
         if starts is None:
             raise RuntimeError(f"{len(pages)} whole extents were expected to be free")
         ids = torch.from_numpy(starts.astype(np.int64))

@@ -117,7 +117,10 @@ class Runtime:
         self._uniform = None if self.placer.spills else self._begin_uniform(step, pages)
         if self._uniform is None:
             self.counters.tiered_steps += 1
-            self._begin_tiered(step, pages, self.live())
+            self._begin_tiered(step, pages)
+        elif self.placer.mirrors:
+            live = self.live()
+            self.placer.begun(live, [self.pages_of(request) for request in live])
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store the step's new K and V of one layer, ``[tokens, kv_heads, head_dim]``."""
@@ -180,7 +183,8 @@ class Runtime:
         size = self.store.layout.page_size
         first_new, read, tokens = spans(step, size)
         new = np.concatenate([p[first:] for p, first in zip(pages, first_new, strict=True)])
-        starts = self.store.begin_uniform(np.concatenate(pages), new[new > 0])
+        written = step.slots // size
+        starts = self.store.begin_uniform(np.concatenate(pages), new[new > 0], written)
         if starts is None:
             return None
         extent = self.store.table.extent
@@ -188,15 +192,11 @@ class Runtime:
         return _Uniform(
             pages=[i[:n] for i, n in zip(ids, read, strict=True)],
             tokens=tokens,
-            slots=torch.from_numpy(
-                extent[step.slots // size].astype(np.int64) * size + step.slots % size
-            ),
+            slots=torch.from_numpy(extent[written].astype(np.int64) * size + step.slots % size),
         )
 
-    def _begin_tiered(
-        self, step: StepInput, pages: list[np.ndarray], live: list[LiveRequest]
-    ) -> None:
-        size = self.store.layout.page_size
+    def _begin_tiered(self, step: StepInput, pages: list[np.ndarray]) -> None:
+        live, size = self.live(), self.store.layout.page_size
         first_new, read, tokens = spans(step, size)
         in_pass = set(step.rows)
         held = [self.pages_of(request) for request in live]

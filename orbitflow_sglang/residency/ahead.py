@@ -29,16 +29,22 @@ class UnderWay:
 class Arrivals:
     """Fetches to arena pages outside the ring, of pages that no step reads yet.
 
-    ``grant(n)`` gives up to n such arena pages. Fetched pages are TO_DEVICE until
-    ``complete``, which waits: it comes a step later, before anything may touch them.
+    ``grant(n)`` gives up to n such arena pages, ``grant_extents(n)`` up to n extents.
+    Fetched pages are TO_DEVICE until ``complete``, which waits: it comes a step later,
+    before anything may touch them.
     """
 
     def __init__(
-        self, table: PageTable, engine: TransferEngine, grant: Callable[[int], np.ndarray]
+        self,
+        table: PageTable,
+        engine: TransferEngine,
+        grant: Callable[[int], np.ndarray],
+        grant_extents: Callable[[int], np.ndarray],
     ) -> None:
         self._table = table
         self._engine = engine
         self._grant = grant
+        self._grant_extents = grant_extents
         self._under_way: list[UnderWay] = []
 
     def missing(self, pages: np.ndarray) -> int:
@@ -46,17 +52,34 @@ class Arrivals:
         return int(self._away(pages).sum())
 
     def fetch(self, pages: np.ndarray, limit: int) -> int:
-        """Start fetching up to ``limit`` of the missing copies of ``pages``; how many."""
+        """Start fetching up to ``limit`` of the missing copies of ``pages``; how many.
+
+        Pages that lack all of them come back to extents, while there are any.
+        """
         table = self._table
+        whole = pages[self._away(pages).all(axis=0)][: limit // table.layers]
+        starts = self._grant_extents(len(whole))
+        whole = whole[: len(starts)]
+        table.set_extents(whole, starts)
+        layers = np.repeat(np.arange(table.layers), len(whole))
+        self._start(layers, np.tile(whole, table.layers))
+
         columns, layers = np.nonzero(self._away(pages).T)
-        home = self._grant(min(limit, len(layers)))
+        home = self._grant(min(limit - table.layers * len(whole), len(layers)))
         layers, chosen = layers[: len(home)], pages[columns[: len(home)]]
-        if len(home):
-            table.device_page[layers, chosen] = home
-            table.state[layers, chosen] = PageState.TO_DEVICE
-            transfer = self._engine.fetch(table.host_page[layers, chosen], home)
-            self._under_way.append(UnderWay(transfer, layers, chosen, table.generation[chosen]))
-        return len(home)
+        table.device_page[layers, chosen] = home
+        self._start(layers, chosen)
+        return table.layers * len(whole) + len(home)
+
+    def _start(self, layers: np.ndarray, pages: np.ndarray) -> None:
+        """Fetch to the arena pages that the table already says."""
+        table = self._table
+        if len(pages):
+            table.state[layers, pages] = PageState.TO_DEVICE
+            transfer = self._engine.fetch(
+                table.host_page[layers, pages], table.device_page[layers, pages]
+            )
+            self._under_way.append(UnderWay(transfer, layers, pages, table.generation[pages]))
 
     def targets(self) -> np.ndarray:
         """Arena page that each (layer, page) is on its way to, or -1; for checks."""

@@ -103,6 +103,8 @@ class Arena:
         """
         if count > self.num_free:
             raise ResidencyError(f"{count} arena pages wanted, {self.num_free} free")
+        if self._returned >= self.layers:
+            self._coalesce()
         if (short := count - self._singles.size) > 0:
             self._singles.push(self._pages_of(self.take_extents(-(-short // self.layers))))
         return self._singles.pop(count)
@@ -113,6 +115,16 @@ class Arena:
     def give_pages(self, pages: np.ndarray) -> None:
         self._singles.push(pages)
         self._returned += len(pages)
+
+    def free_singles(self) -> np.ndarray:
+        """Free pages of broken extents, and those in none."""
+        return self._singles.values().copy()
+
+    def set_free_singles(self, pages: np.ndarray) -> None:
+        """As many others are free now: whoever moved pages says which."""
+        assert len(pages) == self._singles.size
+        self._singles.pop(len(pages))
+        self.give_pages(pages)
 
     def _pages_of(self, starts: np.ndarray) -> np.ndarray:
         # Layer by layer, so that the pages of adjacent extents are runs.

@@ -35,7 +35,8 @@ class PageTable:
         self.host_page = np.full(shape, -1, dtype=np.int32)
         # The placement asked for: True where the page should live on the host.
         self.want_host = np.zeros(shape, dtype=bool)
-        # [logical_pages]: first arena page when in the arena alone, in one extent; else -1.
+        # [logical_pages]: first arena page when in the arena in one extent, whether or not
+        # the host has copies too; else -1.
         self.extent = np.full(shape[1], -1, dtype=np.int32)
         self.in_use = np.zeros(shape[1], dtype=bool)
         # [logical_pages]: raised when the page is freed, so that what was started
@@ -76,11 +77,15 @@ class PageTable:
         self.in_use[pages] = False
         self.generation[pages] += 1
 
+    def extent_pages(self, start: int) -> np.ndarray:
+        """The arena pages of an extent, ``[layers]``."""
+        pages: np.ndarray = start + self._in_extent
+        return pages
+
     def set_extents(self, pages: np.ndarray, starts: np.ndarray) -> None:
-        """``pages`` become resident in every layer, each in one extent."""
+        """The arena pages of ``pages`` are those of one extent each."""
         self.extent[pages] = starts
         self.device_page[:, pages] = starts + self._in_extent[:, None]
-        self.state[:, pages] = PageState.DEVICE
 
     def break_extents(self, pages: np.ndarray) -> None:
         """Some layer of ``pages`` is about to leave: from here on each counts by itself."""

@@ -19,9 +19,11 @@ from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.ahead import Arrivals
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
+from orbitflow_sglang.residency.gathering import Gathering
 from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
 from orbitflow_sglang.residency.page_table import PageState, PageTable, whole_pages
+from orbitflow_sglang.residency.reading import Reading
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
 from orbitflow_sglang.residency.transfer import ThreadTransferEngine
@@ -56,9 +58,10 @@ class ResidencyStore:
         self.arena = Arena(layout, capacity, device)
         self.table = PageTable(layout.layers, capacity.logical_pages, self.arena.stride)
         self.host = HostStore(layout, capacity.host_pages, pinned=device != "cpu")
+        self._gathering = Gathering(self.table, self.arena)
         self.engine = ThreadTransferEngine(self.arena, self.host, link_bytes_per_s)
         self.ring = self._new_ring()
-        self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
+        self.arrivals = self._no_arrivals()
         self._in_lockstep = in_lockstep
         self._write_backs = WriteBacks(self.table, self._in_lockstep)
         # Arena pages kept free for the tails of the next steps: nothing is fetched into them.
@@ -66,6 +69,7 @@ class ResidencyStore:
         # Most pages whose copy to the host a step starts for the sake of their placement.
         self.move_pages: int | None = None
         self.step: Step | None = None
+        self._reading: Reading | None = None  # by ``step``
         self._broken: ResidencyError | None = None  # a copy failed: no step until ``abandon``
         self._clock = 0
         # As the present step began: closed pages of live requests, and of no live request.
@@ -131,11 +135,11 @@ class ResidencyStore:
         """Behind a failed copy: forget every page, its contents are lost, and be as built."""
         with suppress(ResidencyError):
             self.engine.drain()
-        self._broken = self.step = None
+        self._broken = self.step = self._reading = None
         for part in (self.table, self.arena, self.host):
             part.reset()
         self.ring = self._new_ring(self.ring.stall_s)
-        self.arrivals = Arrivals(self.table, self.engine, self._grant_home)
+        self.arrivals = self._no_arrivals()
         self._write_backs = WriteBacks(self.table, self._in_lockstep)
 
     def renew(self) -> None:
@@ -153,16 +157,23 @@ class ResidencyStore:
 
     # --- one step -------------------------------------------------------------
 
-    def begin_uniform(self, pages: np.ndarray, new_pages: np.ndarray) -> np.ndarray | None:
+    def begin_uniform(
+        self, pages: np.ndarray, new_pages: np.ndarray, written: np.ndarray
+    ) -> np.ndarray | None:
         """A step whose ``pages``, ``new_pages`` among them, need neither tables nor copies.
 
         Opens ``new_pages`` and returns where each of ``pages`` starts its extent: ids
         that hold in every layer's ``arena.layer_view``. None, and nothing done, when
-        some page is not in one extent or too few are free: ``begin`` is then the way.
-        A page in an extent has no host copy, so any of ``pages`` may be written.
+        some page is not in one extent, one of the ``written`` ones has a host copy, or too
+        few extents are free: ``begin`` is then the way.
         """
         table = self.table
         self._check_whole()
+        if self.host.num_free < self.host.num_pages:
+            self.arrivals.complete()
+            self._write_backs.note()
+            if (table.host_page[:, written] >= 0).any():
+                return None
         starts = self.arena.take_extents(len(new_pages))
         if len(starts) == len(new_pages):
             table.extent[new_pages] = starts
@@ -170,6 +181,7 @@ class ResidencyStore:
             if (ids >= 0).all():
                 table.claim(new_pages)
                 table.set_extents(new_pages, starts)
+                table.state[:, new_pages] = PageState.DEVICE
                 self._clock += 1
                 table.last_used[pages] = self._clock
                 return ids
@@ -207,6 +219,7 @@ class ResidencyStore:
         self._open_new(step, read)
         self.step = step
         pages = np.flatnonzero(batch)
+        self._gathering.gather(pages)
         state = table.state[:, pages]
         device = table.device_page[:, pages]
         away = (state == PageState.HOST) | (state == PageState.TO_DEVICE)
@@ -216,6 +229,7 @@ class ResidencyStore:
         if self.arena.num_free < need:
             self._evict(self._cached_pages(), need)  # in part for a later step: copies take time
         self.ring.begin([pages[row] for row in away])
+        self._reading = Reading(step, table, self.arena, self.ring, self.layout.page_size)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store the step's new K and V of one layer, ``[tokens, kv_heads, dim]``.
@@ -238,24 +252,8 @@ class ResidencyStore:
 
     def passes(self, layer: int) -> Iterator[LayerPass]:
         """The parts in which ``layer`` is attended; a part is valid until the next is asked for."""
-        step, ring = self.step, self.ring
-        assert step is not None
-        pieces = ring.pieces(layer)
-        if ring.in_one_pass(layer):
-            for piece in pieces:
-                ring.wait(piece)
-            yield self._pass(layer, step.reads, step.read_tokens)
-            for piece in pieces:
-                ring.release(piece)
-        else:
-            staged = np.concatenate([piece.pages for piece in pieces])
-            yield self._part(layer, staged, invert=True)
-            for piece in pieces:
-                ring.wait(piece)
-                yield self._part(layer, piece.pages)
-                ring.release(piece)
-                ring.pump(layer)
-        ring.pump(layer + 1)
+        assert self._reading is not None
+        return self._reading.passes(layer)
 
     def end(self) -> None:
         """The forward pass is over, or was given up."""
@@ -267,7 +265,7 @@ class ResidencyStore:
             self.table.state[rest, pages] = np.where(
                 never, PageState.HOST, self.table.state[rest, pages]
             )
-        self.step = None
+        self.step = self._reading = None
 
     # --- checks ---------------------------------------------------------------
 
@@ -288,20 +286,6 @@ class ResidencyStore:
     def close(self) -> None:
         """Stop the copies, completing those under way. Nothing may be asked for afterwards."""
         self.engine.close()
-
-    # --- reading --------------------------------------------------------------
-
-    def _pass(self, layer: int, reads: list[np.ndarray], tokens: list[int]) -> LayerPass:
-        ids = self.table.device_page[layer, np.concatenate([NO_PAGES, *reads])]
-        pages = torch.from_numpy(ids).split_with_sizes([len(read) for read in reads])
-        return LayerPass(self.arena.k, self.arena.v, list(pages), tokens)
-
-    def _part(self, layer: int, pages: np.ndarray, invert: bool = False) -> LayerPass:
-        """Only those pages of every request that are in ``pages`` (or are not)."""
-        assert self.step is not None
-        wanted = np.full(self.table.in_use.shape, invert)
-        wanted[pages] = not invert
-        return self._pass(layer, *self.step.part(wanted, self.layout.page_size))
 
     # --- opening pages --------------------------------------------------------
 
@@ -441,6 +425,7 @@ class ResidencyStore:
 
     def _drop_device_copies(self, layers: np.ndarray, pages: np.ndarray) -> None:
         table = self.table
+        table.break_extents(pages)
         self.arena.give_pages(table.device_page[layers, pages])
         table.device_page[layers, pages] = -1
         table.state[layers, pages] = PageState.HOST
@@ -457,7 +442,6 @@ class ResidencyStore:
         host = self._take_host(layers, pages)
         layers, pages, host = layers[host >= 0], pages[host >= 0], host[host >= 0]
         if len(pages):
-            table.break_extents(pages)
             table.host_page[layers, pages] = host
             table.state[layers, pages] = PageState.TO_HOST
             transfer = self.engine.write_back(table.device_page[layers, pages], host)
@@ -490,9 +474,16 @@ class ResidencyStore:
         grant, await_host = self._grant_home, self._await_host
         return StagingRing(self.table, self.arena, self.engine, grant, await_host, stall_s)
 
+    def _no_arrivals(self) -> Arrivals:
+        return Arrivals(self.table, self.engine, self._grant_home, self._grant_extents)
+
     def _grant_home(self, count: int) -> np.ndarray:
         room = max(0, self.arena.num_free - self.reserve_pages)
         return self.arena.take_pages(min(count, room))
+
+    def _grant_extents(self, count: int) -> np.ndarray:
+        room = max(0, self.arena.num_free - self.reserve_pages)
+        return self.arena.take_extents(min(count, room // self.layout.layers))
 
     def _await_host(self, layers: int | slice, pages: np.ndarray) -> None:
         """Return when no write-back of ``pages`` is under way."""

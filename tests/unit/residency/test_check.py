@@ -115,11 +115,6 @@ def not_in_its_extent(store: ResidencyStore) -> None:
     pages[[0, 1], DEVICE] = pages[[1, 0], DEVICE]
 
 
-def extent_with_host_copy(store: ResidencyStore) -> None:
-    store.table.host_page[0, DEVICE] = store.host.take(1)[0]
-    store.table.state[0, DEVICE] = PageState.BOTH
-
-
 @pytest.mark.parametrize(
     ("corrupt", "sentence"),
     [
@@ -142,7 +137,6 @@ def extent_with_host_copy(store: ResidencyStore) -> None:
         (host_page_lost, "2 host pages have no owner"),
         (host_miscounted, "host pages are free, counted as"),
         (not_in_its_extent, "a page is not where its extent says"),
-        (extent_with_host_copy, "a page in an extent has a host copy"),
     ],
 )
 def test_corruption_is_reported(

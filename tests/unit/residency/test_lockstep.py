@@ -57,9 +57,11 @@ class Twins(ResidencyStore):
         assert self.other.mirror(pages, limit) == count
         return count
 
-    def begin_uniform(self, pages: np.ndarray, new_pages: np.ndarray) -> np.ndarray | None:
-        ids = super().begin_uniform(pages, new_pages)
-        others = self.other.begin_uniform(pages, new_pages)
+    def begin_uniform(
+        self, pages: np.ndarray, new_pages: np.ndarray, written: np.ndarray
+    ) -> np.ndarray | None:
+        ids = super().begin_uniform(pages, new_pages, written)
+        others = self.other.begin_uniform(pages, new_pages, written)
         assert (ids is None) == (others is None)
         assert ids is None or others is None or np.array_equal(ids, others)
         return ids

@@ -48,31 +48,33 @@ def uniform_write(store: ResidencyStore, starts: np.ndarray, pages: np.ndarray) 
 
 def test_uniform_and_tiered_steps_see_the_same_pages() -> None:
     store = make_store(LAYERS, SIZE)
-    starts = store.begin_uniform(ids(1, 2), ids(1, 2))
+    starts = store.begin_uniform(ids(1, 2), ids(1, 2), ids(1, 2))
     assert starts is not None
     uniform_write(store, starts, ids(1, 2))
     store.end()
     assert store.check() == []
     run(store, prefill_step([3], SIZE))
     assert run(store, read_step([1, 2, 3], SIZE)) == [1, 1, 1]
-    starts = store.begin_uniform(ids(3, 1), ids())
+    starts = store.begin_uniform(ids(3, 1), ids(), ids(3, 1))
     assert starts is not None
     for layer in range(LAYERS):
         part = LayerPass(*store.arena.layer_view(layer), [torch.from_numpy(starts)], [4])
         assert tokens_read(part, 0, layer) == number_of(ids(6, 7, 2, 3)).tolist()
-    assert store.begin_uniform(ids(0), ids()) == 0, "padding is at its extent"
+    assert store.begin_uniform(ids(0), ids(), ids(0)) == 0, "padding is at its extent"
 
 
 def test_uniform_is_refused_and_nothing_done() -> None:
     store = make_store(LAYERS, SIZE, main=LAYERS * 2 + 2)
     run(store, prefill_step([1], SIZE))
-    assert store.begin_uniform(ids(1, 2, 3), ids(2, 3)) is None, "one extent is free, not two"
+    assert store.begin_uniform(ids(1, 2, 3), ids(2, 3), ids(1, 2, 3)) is None, (
+        "one extent is free, not two"
+    )
     assert store.check() == [] and store.table.pages_in_use().tolist() == [1]
     store.place(ids(1), np.array([True, False, False]))
     settle(store, [1])
-    assert store.begin_uniform(ids(1, 2), ids(2)) is None, "page 1 is not in an extent"
+    assert store.begin_uniform(ids(1, 2), ids(2), ids(1, 2)) is None, "page 1 is not in an extent"
     assert store.check() == [] and store.table.pages_in_use().tolist() == [1]
-    assert store.begin_uniform(ids(2), ids(2)) is not None
+    assert store.begin_uniform(ids(2), ids(2), ids(2)) is not None
 
 
 def test_a_page_with_a_host_copy_is_not_uniform() -> None:
@@ -83,12 +85,54 @@ def test_a_page_with_a_host_copy_is_not_uniform() -> None:
     store.begin(Step([], [], ids(0), idle_pages=ids(1)))  # closed for once
     store.end()
     assert states(store, 1) == {"TO_HOST"}
-    assert store.begin_uniform(ids(1), ids()) is None
+    assert store.begin_uniform(ids(1), ids(), ids(1)) is None
     run(store, Step([ids(1)], [2], ids(3), open_pages=ids(1)))
     assert states(store, 1) == {"DEVICE"}
     settle(store, [1])
     assert states(store, 1) == {"HOST"}
     run(store, read_step([1], SIZE))
+
+
+def test_a_mirrored_page_stays_uniform_for_those_who_only_read_it() -> None:
+    store = make_store(LAYERS, SIZE)
+    run(store, prefill_step([1, 2], SIZE))
+    assert store.mirror(ids(1), 100) == LAYERS
+    store.quiesce()
+    assert states(store, 1) == {"BOTH"} and store.check() == []
+    assert store.begin_uniform(ids(1, 2), ids(), ids(2)) is not None
+    assert store.begin_uniform(ids(1, 2), ids(), ids(1)) is None, "its host copy would be stale"
+
+
+def test_whole_pages_come_back_to_extents() -> None:
+    store = make_store(LAYERS, SIZE)
+    run(store, prefill_step([1, 2, 3], SIZE))
+    store.place(ids(1, 2), ON_HOST)
+    settle(store, [1, 2])
+    store.place(ids(1, 2), ON_DEVICE)
+    store.begin(read_step([3], SIZE, idle_pages=ids(1, 2)))
+    assert store.fetch_ahead(ids(1, 2), LAYERS + 1) == LAYERS + 1, "one page, and a layer"
+    store.end()
+    assert store.check() == []
+    assert store.begin_uniform(ids(1, 3), ids(), ids(3)) is not None
+    assert store.begin_uniform(ids(1, 2), ids(), ids(3)) is None
+    assert run(store, read_step([1, 2, 3], SIZE)) == [1] * LAYERS
+
+
+def test_scattered_pages_are_gathered_a_few_in_a_step() -> None:
+    store = make_store(LAYERS, SIZE, main=LAYERS * 8)
+    pages = list(range(1, 9))
+    run(store, prefill_step(pages, SIZE))
+    one_layer = np.array([True, False, False])
+    store.place(ids(*pages), one_layer)
+    settle(store, pages)
+    store.place(ids(*pages), ON_DEVICE)
+    run(store, read_step(pages, SIZE))  # fetches what is missing
+    loose = []
+    for _ in pages:
+        loose.append(int((store.table.extent[pages] < 0).sum()))
+        run(store, read_step(pages, SIZE))
+    assert loose == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert store.begin_uniform(ids(*pages), ids(), ids(0)) is not None
 
 
 # --- eviction --------------------------------------------------------------------
@@ -118,7 +162,7 @@ def test_uniform_steps_count_as_use() -> None:
     store = make_store(LAYERS, SIZE, main=LAYERS * 2)
     for page in (1, 2):
         run(store, prefill_step([page], SIZE))
-    assert store.begin_uniform(ids(1), ids()) is not None
+    assert store.begin_uniform(ids(1), ids(), ids(1)) is not None
     store.end()
     run(store, tail_step(3))
     assert states(store, 2) == {"HOST"} and states(store, 1) == {"DEVICE"}

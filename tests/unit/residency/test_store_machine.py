@@ -244,7 +244,8 @@ class StoreMachine(RuleBasedStateMachine):
         ids = None
         if try_uniform and begun:
             every = np.array([page for c in chunks for page in c.pages], dtype=np.int64)
-            ids = self.store.begin_uniform(every, np.array(new, dtype=np.int64))
+            written = step.slots // self.size
+            ids = self.store.begin_uniform(every, np.array(new, dtype=np.int64), written)
         if ids is None:
             begun = begun and self._begin(step, feasible)
         if not begun:
@@ -252,8 +253,7 @@ class StoreMachine(RuleBasedStateMachine):
             self._let_go(self.live.pop().pages)
             return
         self.holders[new] += 1
-        if ids is None:
-            self._run_ahead(step, rng)
+        self._run_ahead(step, rng, fetch=ids is None)
         for layer in range(last):
             self._layer(layer, step, chunks, ids is not None, link)
         if last < self.layers and last_is_begun:
@@ -270,9 +270,9 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 self._let_go(chunk.pages[len(chunk.request.pages) :])
 
-    def _run_ahead(self, step: Step, rng: random.Random) -> None:
+    def _run_ahead(self, step: Step, rng: random.Random, fetch: bool) -> None:
         """Copies for later steps, as the engine asks for them behind ``begin``."""
-        if rng.random() < 0.4 and len(step.idle_pages):
+        if rng.random() < 0.4 and len(step.idle_pages) and fetch:
             self.store.fetch_ahead(np.unique(step.idle_pages), rng.choice([1, 3, 100]))
         if rng.random() < 0.3:
             closed = np.concatenate([step.idle_pages, *step.reads])
