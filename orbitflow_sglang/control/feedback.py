@@ -43,13 +43,24 @@ class Feedback:
     # --- what was measured ----------------------------------------------------
 
     def decode_step(
-        self, batch: int, context_tokens: int, seconds: float, stall_s: float = 0.0
+        self,
+        batch: int,
+        context_tokens: int,
+        seconds: float,
+        stall_s: float = 0.0,
+        beside_copies: bool = False,
     ) -> None:
-        """A decode step took ``seconds``, of which compute waited ``stall_s`` for pages."""
+        """A decode step took ``seconds``, of which compute waited ``stall_s`` for pages.
+
+        What ran beside copies shares memory with them, so it can only show that compute takes
+        less. Were it taken for compute, streaming would seem to hide ever more streaming.
+        """
         profiled, measured = self.profile.compute.step_s(batch, context_tokens), seconds - stall_s
         if not (self.enabled and _positive(measured) and profiled > 0):
             return
         ratio = measured / profiled
+        if beside_copies and ratio >= self._scale.value:
+            return
         self._scale.follow(ratio)
         self._watch(ratio / self._assumed_scale)
 

@@ -238,7 +238,7 @@ class SchedulerControl:
             return
         self.step_times.append((seconds, step.predicted_s))
         self.step_ratios.append(seconds / max(1e-9, step.predicted_s))
-        self.feedback.decode_step(step.batch, step.context_tokens, seconds, stall)
+        self.feedback.decode_step(step.batch, step.context_tokens, seconds, stall, pages > 0)
         if self.feedback.take_drift():
             self.controller.drifted()
 

@@ -53,6 +53,15 @@ def test_before_anything_was_measured_the_profile_holds() -> None:
     assert not feedback.take_drift()
 
 
+def test_a_step_beside_copies_can_only_lower_the_estimate() -> None:
+    feedback = Feedback(PROFILE)
+    for factor in [2.0] * 3 * DRIFT_STEPS:
+        feedback.decode_step(4, 10_000, factor * STEP_S, beside_copies=True)
+    assert feedback.compute_scale == 1 and not feedback.take_drift()
+    feedback.decode_step(4, 10_000, 0.5 * STEP_S, beside_copies=True)
+    assert feedback.compute_scale < 1
+
+
 @given(factors)
 def test_a_lasting_change_is_followed_to_its_end(factor: float) -> None:
     feedback = Feedback(PROFILE)
