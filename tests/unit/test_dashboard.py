@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DASHBOARD = json.loads((DOCS / "grafana" / "orbitflow.json").read_text(encoding="utf-8"))
 METRIC = re.compile(r"sglang:\w+")
-# Of SGLang itself; tests/engine/test_metrics.py looks for them on a real server.
+# Of SGLang itself; tests/engine/test_series.py looks for them on a real server.
 SGLANGS = {
     "sglang:time_to_first_token_seconds_bucket",
     "sglang:inter_token_latency_seconds_bucket",
