@@ -113,7 +113,9 @@ def test_whole_pages_come_back_to_extents() -> None:
     assert store.fetch_ahead(ids(1, 2), LAYERS + 1) == LAYERS + 1, "one page, and a layer"
     store.end()
     assert store.check() == []
+    assert states(store, 1) == {"TO_DEVICE"}
     assert store.begin_uniform(ids(1, 3), ids(), ids(3)) is not None
+    assert states(store, 1) == {"BOTH"}, "read only when it has arrived"
     assert store.begin_uniform(ids(1, 2), ids(), ids(3)) is None
     assert run(store, read_step([1, 2, 3], SIZE)) == [1] * LAYERS
 
