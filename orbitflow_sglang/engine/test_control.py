@@ -83,8 +83,7 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
 
     def slow(key: str, value: Any) -> None:
         if not ranks.leads():
-            for link in (runtime.store.engine._h2d, runtime.store.engine._d2h):
-                link.link_bytes_per_s = int(value) * 1e6 if int(value) else None
+            runtime.store.engine.emulate(int(value) * 1e6 or None)
 
     return {
         **handlers,

@@ -36,7 +36,14 @@ class Piece:
     pages: np.ndarray  # logical
     # Arena page of each, from the issue to the release.
     target: np.ndarray = field(default_factory=lambda: NOWHERE)
+    # Which of them are fetched to an arena page outside the ring; None: none is.
+    to_stay: np.ndarray | None = None
     transfer: Transfer | None = None  # None before the issue and behind the release
+
+    def part(self, chosen: np.ndarray) -> Piece:
+        """Those of its pages that are ``chosen``, bool, as they are on their way."""
+        to_stay = None if self.to_stay is None else self.to_stay[chosen]
+        return Piece(self.layer, self.pages[chosen], self.target[chosen], to_stay, self.transfer)
 
 
 class StagingRing:
@@ -102,8 +109,10 @@ class StagingRing:
         for layer, pages in enumerate(required):
             kept = self._keep(self._ahead[layer], pages)
             self._ahead[layer] = []
-            have = [piece.pages for piece in kept]
-            missing = np.setdiff1d(pages, np.concatenate(have)) if have else pages
+            missing = pages
+            if kept:  # all of it is in ``pages``
+                have = kept[0].pages
+                missing = pages[:0] if len(have) == len(pages) else np.setdiff1d(pages, have)
             fresh = [
                 Piece(layer, missing[i : i + self.piece_pages])
                 for i in range(0, len(missing), self.piece_pages)
@@ -130,21 +139,24 @@ class StagingRing:
         transfer = piece.transfer or self._issue_now(piece)
         transfer.wait()
         self.stall_s += time.perf_counter() - begun
-        in_ring = piece.target >= self._arena.ring_start
-        state = np.where(in_ring, PageState.STAGED, PageState.BOTH)
-        self._table.state[piece.layer, piece.pages] = state
+        state = self._table.state[piece.layer]
+        if piece.to_stay is None:
+            state[piece.pages] = PageState.STAGED
+        else:
+            state[piece.pages] = np.where(piece.to_stay, PageState.BOTH, PageState.STAGED)
 
     def release(self, piece: Piece) -> None:
         """``piece`` has been read: its ring pages are free again, the others came to stay.
 
         What is left of it is what would have to be fetched to read it once more.
         """
-        in_ring = piece.target >= self._arena.ring_start
-        piece.pages = piece.pages[in_ring]
+        target = piece.target
+        if piece.to_stay is not None:
+            piece.pages, target = piece.pages[~piece.to_stay], target[~piece.to_stay]
         self._table.state[piece.layer, piece.pages] = PageState.HOST
         self._table.device_page[piece.layer, piece.pages] = -1
-        self._free.push(piece.target[in_ring])
-        piece.target, piece.transfer = NOWHERE, None
+        self._free.push(target)
+        piece.target, piece.to_stay, piece.transfer = NOWHERE, None, None
 
     def pump(self, done_layers: int) -> None:
         """Issue what the ring has room for; attention of ``done_layers`` layers is over."""
@@ -196,22 +208,28 @@ class StagingRing:
         table, layer, pages = self._table, piece.layer, piece.pages
         if (table.state[layer, pages] != PageState.HOST).any():
             return False
-        stays = np.flatnonzero(~table.want_host[layer, pages])
-        if len(pages) - len(stays) > self._free.size:
-            return False
-        home = self._grant(len(stays)) if len(stays) else stays
-        through_ring = len(pages) - len(home)
-        if through_ring > self._free.size:
-            self._arena.give_pages(home)
-            return False
-        target = np.empty(len(pages), dtype=np.int32)
-        at_home = np.zeros(len(pages), dtype=bool)
-        at_home[stays[: len(home)]] = True
-        target[at_home] = home
-        target[~at_home] = self._free.pop(through_ring)
+        away = table.want_host[layer, pages]
+        if away.all():
+            if len(pages) > self._free.size:
+                return False
+            target, to_stay = self._free.pop(len(pages)), None
+        else:
+            stays = np.flatnonzero(~away)
+            if len(pages) - len(stays) > self._free.size:
+                return False
+            home = self._grant(len(stays))
+            through_ring = len(pages) - len(home)
+            if through_ring > self._free.size:
+                self._arena.give_pages(home)
+                return False
+            target = np.empty(len(pages), dtype=np.int32)
+            to_stay = np.zeros(len(pages), dtype=bool)
+            to_stay[stays[: len(home)]] = True
+            target[to_stay] = home
+            target[~to_stay] = self._free.pop(through_ring)
         table.device_page[layer, pages] = target
         table.state[layer, pages] = PageState.TO_DEVICE
-        piece.target = target
+        piece.target, piece.to_stay = target, to_stay
         piece.transfer = self._engine.fetch(table.host_page[layer, pages], target)
         return True
 
@@ -254,18 +272,20 @@ class StagingRing:
         """Those pages of fetched ``pieces`` that are in ``wanted``; the rest leave the ring."""
         kept = []
         for piece in pieces:
+            if np.array_equal(piece.pages, wanted):
+                kept.append(piece)
+                continue
             useful = np.isin(piece.pages, wanted)
             if not useful.all():
-                rest = piece.pages[~useful], piece.target[~useful]
-                self._drop(Piece(piece.layer, *rest, piece.transfer))
-                piece.pages, piece.target = piece.pages[useful], piece.target[useful]
-            if useful.any():
+                self._drop(piece.part(~useful))
+                piece = piece.part(useful)
+            if len(piece.pages):
                 kept.append(piece)
         return kept
 
     def _drop(self, piece: Piece) -> None:
         """Give up a fetched ``piece`` before it was read."""
-        if (piece.target < self._arena.ring_start).any():
+        if piece.to_stay is not None and piece.to_stay.any():
             # A page that came to stay: compute may write where it lies as soon as
             # it is given up, so the copy must have ended.
             self.wait(piece)

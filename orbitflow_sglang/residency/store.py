@@ -26,7 +26,7 @@ from orbitflow_sglang.residency.page_table import PageState, PageTable, whole_pa
 from orbitflow_sglang.residency.reading import Reading
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
-from orbitflow_sglang.residency.transfer import ThreadTransferEngine
+from orbitflow_sglang.residency.transfer import CPUTransferEngine
 from orbitflow_sglang.residency.write_backs import WriteBacks
 
 __all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
@@ -59,7 +59,7 @@ class ResidencyStore:
         self.table = PageTable(layout.layers, capacity.logical_pages, self.arena.stride)
         self.host = HostStore(layout, capacity.host_pages, pinned=device != "cpu")
         self._gathering = Gathering(self.table, self.arena)
-        self.engine = ThreadTransferEngine(self.arena, self.host, link_bytes_per_s)
+        self.engine = CPUTransferEngine(self.arena, self.host, link_bytes_per_s)
         self.ring = self._new_ring()
         self.arrivals = self._no_arrivals()
         self._in_lockstep = in_lockstep
@@ -77,6 +77,10 @@ class ResidencyStore:
         self._cached = np.zeros_like(self.table.in_use)
         self._read = np.zeros_like(self.table.in_use)  # by the present step
         self._written = 0  # layers that the present step has written
+        # Of the tokens that it writes: arena page, -1 on the host, and slot, [layers, tokens].
+        self._places = np.empty((layout.layers, 0), dtype=np.int32)
+        self._slots = torch.empty((layout.layers, 0), dtype=torch.int64)
+        self._some_away = False
 
     # --- ownership ------------------------------------------------------------
 
@@ -229,7 +233,11 @@ class ResidencyStore:
         if self.arena.num_free < need:
             self._evict(self._cached_pages(), need)  # in part for a later step: copies take time
         self.ring.begin([pages[row] for row in away])
-        self._reading = Reading(step, table, self.arena, self.ring, self.layout.page_size)
+        size = self.layout.page_size
+        self._reading = Reading(step, table, self.arena, self.ring, size)
+        self._places = table.device_page[:, step.slots // size]
+        self._some_away = bool((self._places < 0).any())
+        self._slots = torch.from_numpy(self._places * np.int64(size) + step.slots % size)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store the step's new K and V of one layer, ``[tokens, kv_heads, dim]``.
@@ -237,16 +245,16 @@ class ResidencyStore:
         Layers come in order. The tensors, in the layout's dtype, must not be written
         afterwards: pages placed on the host are copied from them behind this call.
         """
-        step, table, size = self.step, self.table, self.layout.page_size
+        step = self.step
         assert step is not None
         self._written = layer + 1
-        pages = table.device_page[layer, step.slots // size]
-        rows = np.flatnonzero(pages >= 0)
-        slots = torch.from_numpy(pages[rows] * np.int64(size) + step.slots[rows] % size)
-        everything = len(rows) == len(pages)
+        places, slots = self._places[layer], self._slots[layer]
+        rows = None
+        if self._some_away:
+            rows = torch.from_numpy(np.flatnonzero(places >= 0))
+            slots = slots[rows]
         for new, arena in ((k, self.arena.k), (v, self.arena.v)):
-            kept = new if everything else new[torch.from_numpy(rows)]
-            arena.view(-1, *arena.shape[2:])[slots] = kept
+            arena.view(-1, *arena.shape[2:])[slots] = new if rows is None else new[rows]
         if len(step.new_full):
             self._write_through(step, layer, k, v)
 

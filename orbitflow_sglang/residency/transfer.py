@@ -12,8 +12,8 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ import torch
 from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.host_store import HostStore
+
+WORD = np.dtype(np.uint64)
+ROWS_AT_ONCE = 64  # so that what is copied stays in the cache
 
 
 @dataclass
@@ -31,32 +34,42 @@ class LinkStats:
     bytes: int = 0
     busy_s: float = 0.0
 
+    def count(self, nbytes: int, busy_s: float) -> None:
+        """One more transfer, which kept the link busy for ``busy_s``."""
+        self.transfers += 1
+        self.bytes += nbytes
+        self.busy_s += busy_s
+
 
 class Transfer:
     """A copy under way. Its source may be read and its target is not valid until it ends."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.submitted_s = time.perf_counter()
         self._ended = threading.Event()
+        self._ready_s = 0.0  # when its bytes are across
         self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
         """Whether the copy has ended well; raises ``ResidencyError`` if it failed."""
-        if self._ended.is_set():
-            self.wait()
-        return self._ended.is_set()
+        if not self._ended.is_set() or time.perf_counter() < self._ready_s:
+            return False
+        self.wait()
+        return True
 
     def wait(self) -> None:
         """Block until the copy has ended; raises ``ResidencyError`` if it failed."""
         self._ended.wait()
         if self._error is not None:
             raise ResidencyError("a KV page transfer failed") from self._error
+        if (left := self._ready_s - time.perf_counter()) > 0:
+            time.sleep(left)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Called by the engine, once: the copy has ended, well or with ``error``."""
-        self._error = error
+    def end(self, error: BaseException | None = None, ready_s: float = 0.0) -> None:
+        """Called by the engine, once: the copy has ended, well or with ``error``, and counts
+        from ``ready_s`` on."""
+        self._ready_s, self._error = ready_s, error
         self._ended.set()
 
 
@@ -106,20 +119,17 @@ class TransferEngine(ABC):
     def d2h(self) -> LinkStats: ...
 
 
-class ThreadTransferEngine(TransferEngine):
-    """Transfers on a machine without a GPU: a copy thread for each direction.
-
-    ``link_bytes_per_s`` emulates a link: a copy then ends no sooner than its
-    bytes would have crossed a link of that rate behind the copies before it. The
-    thread sleeps meanwhile, so that compute goes on beside it.
-    """
+class CPUTransferEngine(TransferEngine):
+    """Transfers on a machine without a GPU: a copy thread for each direction, or with
+    ``link_bytes_per_s`` two emulated links of that rate."""
 
     def __init__(self, arena: Arena, host: HostStore, link_bytes_per_s: float | None) -> None:
-        self._device = (_as_bytes(arena.k), _as_bytes(arena.v))
-        self._host = (_as_bytes(host.k), _as_bytes(host.v))
-        self._page_bytes = sum(t[0].nbytes for t in self._device)
-        self._h2d = _CopyThread("orbitflow-h2d", link_bytes_per_s)
-        self._d2h = _CopyThread("orbitflow-d2h", link_bytes_per_s)
+        self._device = (_as_rows(arena.k), _as_rows(arena.v))
+        self._host = (_as_rows(host.k), _as_rows(host.v))
+        self._page_size = arena.k.shape[1]
+        self._page_bytes = sum(rows[0].nbytes for rows in self._device)
+        self._h2d = _direction("orbitflow-h2d", link_bytes_per_s)
+        self._d2h = _direction("orbitflow-d2h", link_bytes_per_s)
 
     @property
     def h2d(self) -> LinkStats:
@@ -131,31 +141,27 @@ class ThreadTransferEngine(TransferEngine):
 
     def fetch(self, host_pages: np.ndarray, device_pages: np.ndarray) -> Transfer:
         def copy() -> None:
-            for source, target, count in _runs(host_pages, device_pages):
-                for src, dst in zip(self._host, self._device, strict=True):
-                    dst[target : target + count] = src[source : source + count]
+            for source, target in zip(self._host, self._device, strict=True):
+                _copy_rows(source, host_pages, target, device_pages)
 
         return self._h2d.submit(copy, len(host_pages) * self._page_bytes)
 
     def write_back(self, device_pages: np.ndarray, host_pages: np.ndarray) -> Transfer:
         def copy() -> None:
-            for source, target, count in _runs(device_pages, host_pages):
-                for src, dst in zip(self._device, self._host, strict=True):
-                    dst[target : target + count] = src[source : source + count]
+            for source, target in zip(self._device, self._host, strict=True):
+                _copy_rows(source, device_pages, target, host_pages)
 
         return self._d2h.submit(copy, len(host_pages) * self._page_bytes)
 
     def write_through(
         self, k: torch.Tensor, v: torch.Tensor, first_rows: np.ndarray, host_pages: np.ndarray
     ) -> Transfer:
-        rows = (_as_bytes(k), _as_bytes(v))
-        page_size = self._host[0].shape[1]
+        each = first_rows[:, None] + np.arange(self._page_size)
 
         def copy() -> None:
-            for first, target, count in _runs(first_rows, host_pages, page_size):
-                for src, dst in zip(rows, self._host, strict=True):
-                    page_rows = src[first : first + count * page_size]
-                    dst[target : target + count] = page_rows.reshape(count, *dst.shape[1:])
+            for new, target in zip((k, v), self._host, strict=True):
+                pages = _as_bytes(new)[each].reshape(len(each), -1)
+                target[host_pages] = pages.view(target.dtype)
 
         return self._d2h.submit(copy, len(host_pages) * self._page_bytes)
 
@@ -173,37 +179,53 @@ class ThreadTransferEngine(TransferEngine):
         self._h2d.close()
         self._d2h.close()
 
+    def emulate(self, link_bytes_per_s: float | None) -> None:
+        """From here on emulate links of that rate, or none. For tests."""
+        self.drain()
+        self.close()
+        stats = self.h2d, self.d2h
+        self._h2d = _direction("orbitflow-h2d", link_bytes_per_s)
+        self._d2h = _direction("orbitflow-d2h", link_bytes_per_s)
+        self._h2d.stats, self._d2h.stats = stats
+
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """A NumPy view of any dtype's bytes: its copies release the interpreter's lock."""
     return tensor.detach().view(torch.uint8).numpy()
 
 
-def _runs(
-    sources: np.ndarray, targets: np.ndarray, source_step: int = 1
-) -> Iterator[tuple[int, int, int]]:
-    """(first source, first target, length) of every stretch contiguous on both sides."""
-    if not len(sources):
-        return
-    breaks = (np.diff(sources) != source_step) | (np.diff(targets) != 1)
-    starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).tolist()
-    ends = [*starts[1:], len(sources)]
-    for start, end in zip(starts, ends, strict=True):
-        yield int(sources[start]), int(targets[start]), end - start
+def _as_rows(pages: torch.Tensor) -> np.ndarray:
+    """A NumPy view ``[pages, words]``; of wide words where they fit, which copy faster."""
+    rows = _as_bytes(pages.flatten(1))
+    return rows.view(WORD) if rows.shape[1] % WORD.itemsize == 0 else rows
 
 
-@dataclass
+def _copy_rows(
+    source: np.ndarray, source_rows: np.ndarray, target: np.ndarray, target_rows: np.ndarray
+) -> None:
+    """``target[target_rows] = source[source_rows]``, in few calls.
+
+    Each call gives the interpreter's lock back and takes it again, which holds up the thread
+    that computes: so not one for each contiguous stretch.
+    """
+    for i in range(0, len(source_rows), ROWS_AT_ONCE):
+        rows = slice(i, i + ROWS_AT_ONCE)
+        target[target_rows[rows]] = source.take(source_rows[rows], axis=0)
+
+
+def _direction(name: str, link_bytes_per_s: float | None) -> _CopyThread | _EmulatedLink:
+    return _CopyThread(name) if link_bytes_per_s is None else _EmulatedLink(link_bytes_per_s)
+
+
 class _CopyThread:
-    name: str
-    link_bytes_per_s: float | None
-    stats: LinkStats = field(default_factory=LinkStats)
+    """One direction: copies as fast as memory allows, beside compute."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.stats = LinkStats()
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Transfer] | None]
         self._queue = queue.SimpleQueue()
         self._last: Transfer | None = None
-        self._link_free_s = 0.0
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, copy: Callable[[], None], nbytes: int) -> Transfer:
@@ -222,26 +244,51 @@ class _CopyThread:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            self._perform(*job)
-            del job  # or the last copy would keep its tensors alive until there is another
+            copy, transfer = job
+            error, busy_s = _timed(copy)
+            self.stats.count(transfer.nbytes, busy_s)
+            transfer.end(error)
+            del job, copy, transfer  # or the last copy would keep its tensors alive
 
-    def _perform(self, copy: Callable[[], None], transfer: Transfer) -> None:
-        begun = time.perf_counter()
-        error: BaseException | None = None
-        try:
-            copy()
-            if self.link_bytes_per_s is not None:
-                self._emulate_link(transfer, self.link_bytes_per_s)
-        except BaseException as raised:  # handed to whoever waits for the copy
-            error = raised
-        self.stats.transfers += 1
-        self.stats.bytes += transfer.nbytes
-        self.stats.busy_s += time.perf_counter() - begun
-        transfer.end(error)
 
-    def _emulate_link(self, transfer: Transfer, bytes_per_s: float) -> None:
-        # Counted from the hand-over, not from waking up, or oversleeping would add up.
-        begin = max(self._link_free_s, transfer.submitted_s)
-        self._link_free_s = begin + transfer.nbytes / bytes_per_s
-        if (left := self._link_free_s - time.perf_counter()) > 0:
-            time.sleep(left)
+class _EmulatedLink:
+    """One direction of a link of a given rate, whose copies cost compute next to nothing.
+
+    Whoever submits a copy makes it, for beside another thread it would share caches and the
+    interpreter's lock; it counts once its bytes would have crossed behind those before it.
+    """
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.stats = LinkStats()
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0  # when the bytes submitted so far are across
+        self._last: Transfer | None = None
+
+    def submit(self, copy: Callable[[], None], nbytes: int) -> Transfer:
+        self._last = transfer = Transfer(nbytes)
+        begin_s = max(self._free_s, time.perf_counter())
+        error, copied_s = _timed(copy)
+        link_s = max(copied_s, nbytes / self._bytes_per_s)
+        self._free_s = begin_s + link_s
+        self.stats.count(nbytes, link_s)
+        transfer.end(error, self._free_s)
+        return transfer
+
+    def drain(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.wait()
+
+    def close(self) -> None:
+        pass
+
+
+def _timed(copy: Callable[[], None]) -> tuple[BaseException | None, float]:
+    """Makes a copy: what it raised, which is for whoever waits for it, and its seconds."""
+    begun = time.perf_counter()
+    error: BaseException | None = None
+    try:
+        copy()
+    except BaseException as raised:
+        error = raised
+    return error, time.perf_counter() - begun

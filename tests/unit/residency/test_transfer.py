@@ -13,7 +13,7 @@ from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
-from orbitflow_sglang.residency.transfer import ThreadTransferEngine, _runs
+from orbitflow_sglang.residency.transfer import CPUTransferEngine
 
 SIZE = 2
 LAYOUT = KVLayout(2, SIZE, 2, head_dim=4, v_head_dim=6, dtype=torch.bfloat16)
@@ -28,16 +28,23 @@ def parts() -> tuple[Arena, HostStore]:
     return arena, host
 
 
-def engine_of(parts: tuple[Arena, HostStore], rate: float | None = None) -> ThreadTransferEngine:
-    return ThreadTransferEngine(*parts, rate)
+def engine_of(parts: tuple[Arena, HostStore], rate: float | None = None) -> CPUTransferEngine:
+    return CPUTransferEngine(*parts, rate)
 
 
-def test_runs() -> None:
-    found = list(_runs(ids(3, 4, 5, 7, 8, 2), ids(0, 1, 5, 6, 7, 8)))
-    assert found == [(3, 0, 2), (5, 5, 1), (7, 6, 2), (2, 8, 1)]
-    assert list(_runs(ids(0, 4, 8, 10), ids(1, 2, 3, 4), 4)) == [(0, 1, 3), (10, 4, 1)]
-    assert list(_runs(ids(6), ids(1))) == [(6, 1, 1)]
-    assert list(_runs(ids(), ids())) == []
+@pytest.mark.parametrize("heads", [1, 2])  # V pages of 12 bytes a token, or of 24
+def test_many_scattered_pages_of_any_width(heads: int) -> None:
+    layout = KVLayout(1, 1, heads, head_dim=4, v_head_dim=6, dtype=torch.bfloat16)
+    arena, host = Arena(layout, Capacity(400, 2, 400, 400), "cpu"), HostStore(layout, 400, False)
+    for tensor in (arena.k, arena.v, host.k, host.v):
+        tensor.copy_(torch.randn(tensor.shape))
+    engine = CPUTransferEngine(arena, host, None)
+    order = np.random.default_rng(0).permutation(400)
+    source, target = order[:150], order[150:300]
+    engine.fetch(source, target).wait()
+    for on_device, on_host in ((arena.k, host.k), (arena.v, host.v)):
+        assert torch.equal(on_device[target], on_host[source])
+    engine.close()
 
 
 @pytest.mark.parametrize("rate", [None, 1e7])
