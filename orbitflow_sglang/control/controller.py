@@ -40,6 +40,9 @@ class Costs(Protocol):
     def compute_s(self, batch: int, context_tokens: int) -> float:
         """A decode step with everything resident, seconds."""
 
+    def step_s(self, batch: int, context_tokens: int) -> float:
+        """A decode step as steps go at present, with what copies beside it add, seconds."""
+
     def prefill_s(self, tokens: int, context_tokens: int) -> float:
         """Prefill of so many tokens behind so many others, seconds."""
 
@@ -155,18 +158,16 @@ class Controller:
     def _weigh(self, scene: Scene, obs: Observation) -> None:
         machine, spec = self.machine, self.spec
         context = sum(view.tokens for view in scene.decoding)
-        scene.step_s = max(1e-6, self.costs.compute_s(max(1, len(scene.decoding)), context))
-        scene.hidden_pages = scene.step_s / max(1e-12, self.costs.page_transfer_s)
+        batch = max(1, len(scene.decoding))
+        scene.compute_s = max(1e-6, self.costs.compute_s(batch, context))
+        scene.step_s = max(scene.compute_s, self.costs.step_s(batch, context))
+        scene.hidden_pages = scene.compute_s / max(1e-12, self.costs.page_transfer_s)
         self.hidden_pages = scene.hidden_pages
         scene.mu = self._mu(scene)
         rho = scene.hidden_pages / machine.main_pages
         aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
-        paces = [v.slo.pace_s for v in scene.decoding if v.slo.pace_s is not None]
-        tightest = min(paces, default=math.inf) / scene.step_s
         if spec.streaming == "hidden":
-            scene.budget_pages = rules.streaming_budget(
-                scene.hidden_pages, machine.main_pages, tightest, aside=aside
-            )
+            scene.budget_pages = rules.streaming_budget(scene.hidden_pages, aside=aside)
         self.budget_pages = scene.budget_pages
         if spec.streaming == "all":
             scene.room = math.inf
@@ -465,7 +466,7 @@ class Controller:
             return None, ()
         held = sum(v.tokens // self.machine.page_size for v in scene.paused)
         problem = self.planning.problem(
-            active, obs.units(), scene.step_s, self.costs.page_transfer_s,
+            active, obs.units(), scene.compute_s, self.costs.page_transfer_s,
             None if self.spec.streaming == "all" else scene.budget_pages,
             held * self.machine.layers, scene.now,
         )  # fmt: skip

@@ -32,6 +32,7 @@ class Feedback:
         self.enabled = enabled
         self.drifts = 0  # detected so far
         self._scale = _Estimate(1.0, STEP_WEIGHT)
+        self._step_scale = _Estimate(1.0, STEP_WEIGHT)  # with what copies and stalls add
         # With setup where the fit found nothing else: a page never comes for free.
         self._page = _Estimate(profile.h2d.per_page_s or profile.h2d.seconds(1), LINK_WEIGHT)
         self._pages, self._busy_s = 0, 0.0  # moved since the last sample of the link
@@ -59,6 +60,7 @@ class Feedback:
         if not (self.enabled and _positive(measured) and profiled > 0):
             return
         ratio = measured / profiled
+        self._step_scale.follow(seconds / profiled)
         if beside_copies and ratio >= self._scale.value:
             return
         self._scale.follow(ratio)
@@ -99,6 +101,10 @@ class Feedback:
     def compute_s(self, batch: int, context_tokens: int) -> float:
         """Compute time of a decode step, seconds."""
         return self._scale.value * self.profile.compute.step_s(batch, context_tokens)
+
+    def step_s(self, batch: int, context_tokens: int) -> float:
+        """What a decode step takes as steps go at present, seconds."""
+        return self._step_scale.value * self.profile.compute.step_s(batch, context_tokens)
 
     @property
     def page_transfer_s(self) -> float:

@@ -28,20 +28,12 @@ RECOVERY_TOKENS = 64  # within so many a request may make up for a chunk, where 
 # --- streaming ------------------------------------------------------------------
 
 
-def streaming_budget(
-    hidden_pages: float, arena_pages: int, tightest_s: float, *, aside: bool = False
-) -> int:
-    """Pages that a step streams so that more requests decode: what compute hides.
+def streaming_budget(hidden_pages: float, *, aside: bool = False) -> int:
+    """Pages that a step streams so that more requests decode: what compute hides, never more.
 
-    Where the tightest SLO leaves too little slack to take turns (1 < s < 1 / (1 - rho)),
-    slack buys more by streaming into it.
+    An SLO with time to spare buys nothing here: a longer step slows down all that decode.
     """
-    if aside:
-        return 0
-    rho = min(hidden_pages / max(1, arena_pages), 1.0)
-    if rho < 1 and 1 < tightest_s < 1 / (1 - rho):
-        return int(hidden_pages * max(HIDDEN_SHARE, CHUNK_SHARE * tightest_s))
-    return int(HIDDEN_SHARE * hidden_pages)
+    return 0 if aside else int(HIDDEN_SHARE * hidden_pages)
 
 
 def capacity(main_pages: int, tails: int, budget_pages: int, layers: int) -> int:

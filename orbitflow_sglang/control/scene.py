@@ -19,7 +19,8 @@ class Scene:
     prefilling: list[RequestView] = field(default_factory=list)
     paused: list[RequestView] = field(default_factory=list)
     waiting: list[RequestView] = field(default_factory=list)
-    step_s: float = 0.0
+    compute_s: float = 0.0  # of a decode step with everything resident
+    step_s: float = 0.0  # of one as they go at present
     hidden_pages: float = 0.0
     budget_pages: int = 0
     room: float = 0.0  # pages that may be in use together, tails included

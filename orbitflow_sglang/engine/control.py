@@ -88,6 +88,8 @@ class SchedulerControl:
         self._placer = runtime.placer
         self._launched: _Launched | None = None
         self._held: dict[str, Req] = {}  # with KV, as last observed
+        self._grouped: tuple[str, ...] | None = None  # for whom it was looked who shares pages
+        self._shared: list[UnitView] = []
 
     # --- around the choice of the next batch -----------------------------------
 
@@ -193,12 +195,13 @@ class SchedulerControl:
         self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
         self.controller.stepped(prefill, now)
         if prefill:
+            self._grouped = None
             self._note_waits(batch, now)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
         context = sum(lengths)
         store = self._runtime.store
         decoding = len(batch.reqs) if not prefill else len(batch.decoding_reqs or ())
-        predicted = self.feedback.compute_s(max(1, decoding), context)
+        predicted = self.feedback.step_s(max(1, decoding), context)
         streamed = self.controller.streamed_pages * self.feedback.page_transfer_s
         self._launched = _Launched(
             at_s=now,
@@ -452,6 +455,19 @@ class SchedulerControl:
         )
 
     def _units(self) -> list[UnitView]:
-        store, (live, held) = self._runtime.store, self._holders()
-        found = units_of(live, held, len(store.table.in_use), store.layout.page_size)
-        return [unit for unit, _ in found]
+        """Closed pages of those that hold KV, by who uses them.
+
+        Decode steps share nothing, so who shares what is looked at again only behind others.
+        """
+        store, rids = self._runtime.store, tuple(self._held)
+        if self._grouped != rids:
+            live, held = self._holders()
+            found = units_of(live, held, len(store.table.in_use), store.layout.page_size)
+            self._grouped = rids
+            self._shared = [unit for unit, _ in found if len(unit.users) > 1]
+        shared: Counter[str] = Counter()
+        for unit in self._shared:
+            shared.update(dict.fromkeys(unit.users, unit.pages))
+        size = store.layout.page_size
+        own = [UnitView(rid, self.views[rid].tokens // size - shared[rid], (rid,)) for rid in rids]
+        return [*own, *self._shared]

@@ -43,13 +43,16 @@ class ConstantCosts:
     """Steps and transfers that never drift."""
 
     page_transfer_s: float = 2e-4
-    step_s: float = 0.01
+    forward_s: float = 0.01
     request_s: float = 0.001
     prefill_token_s: float = 1e-4
     plans: int = 0
 
     def compute_s(self, batch: int, context_tokens: int) -> float:
-        return self.step_s + self.request_s * batch + 1e-6 * context_tokens
+        return self.forward_s + self.request_s * batch + 1e-6 * context_tokens
+
+    def step_s(self, batch: int, context_tokens: int) -> float:
+        return self.compute_s(batch, context_tokens)
 
     def prefill_s(self, tokens: int, context_tokens: int) -> float:
         return self.prefill_token_s * tokens

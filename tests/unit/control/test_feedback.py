@@ -55,9 +55,10 @@ def test_before_anything_was_measured_the_profile_holds() -> None:
 
 def test_a_step_beside_copies_can_only_lower_the_estimate() -> None:
     feedback = Feedback(PROFILE)
-    for factor in [2.0] * 3 * DRIFT_STEPS:
+    for factor in [2.0] * 6 * DRIFT_STEPS:
         feedback.decode_step(4, 10_000, factor * STEP_S, beside_copies=True)
     assert feedback.compute_scale == 1 and not feedback.take_drift()
+    assert feedback.step_s(4, 10_000) == pytest.approx(2 * STEP_S, rel=0.1)  # what is to come
     feedback.decode_step(4, 10_000, 0.5 * STEP_S, beside_copies=True)
     assert feedback.compute_scale < 1
 

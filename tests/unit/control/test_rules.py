@@ -27,24 +27,8 @@ def candidate(rid: str, **values: object) -> Candidate:
 
 
 def test_nine_tenths_of_what_compute_hides_are_streamed() -> None:
-    assert rules.streaming_budget(100.0, 1000, tightest_s=3.0) == 90
-    assert rules.streaming_budget(100.0, 1000, tightest_s=math.inf) == 90
-    assert rules.streaming_budget(100.0, 1000, tightest_s=3.0, aside=True) == 0
-
-
-def test_where_slack_is_too_little_to_take_turns_it_is_streamed_into() -> None:
-    # rho = 0.4, so the SLO is tight below 1 / 0.6 = 1.67 steps.
-    assert rules.streaming_budget(400.0, 1000, tightest_s=1.5) in (569, 570)
-    assert rules.streaming_budget(400.0, 1000, tightest_s=1.7) == 360
-    assert rules.streaming_budget(400.0, 1000, tightest_s=0.9) == 360  # cannot be met anyway
-
-
-@given(hidden=st.floats(0, 1e6), arena=st.integers(1, 10**6), tight=st.floats(0.01, 1e3))
-def test_the_budget_is_never_below_the_hidden_share_nor_absurd(
-    hidden: float, arena: int, tight: float
-) -> None:
-    budget = rules.streaming_budget(hidden, arena, tight)
-    assert int(0.9 * hidden) <= budget <= hidden * max(0.95 * tight, 1.0)
+    assert rules.streaming_budget(100.0) == 90
+    assert rules.streaming_budget(100.0, aside=True) == 0
 
 
 def test_capacity_counts_what_passes_through_the_ring() -> None:
