@@ -153,7 +153,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         flag("ring_pages"), type=int, metavar="N",
-        help="Staging ring, in pages of one layer. Default: an eighth of the arena.",
+        help="Staging ring, in pages of one layer. Default: an eighth of the arena; 1 / (2 layers) "
+        "of it, if that is less, where at most what compute hides is streamed.",
     )  # fmt: skip
     group.add_argument(
         flag("emulated_link_gb_per_s"), type=float, metavar="X",

@@ -2,8 +2,8 @@
 
 All requests of a batch are sent at once. SGLang prefills them all before it decodes, so
 between the last first token and the first last token every step decodes the whole batch.
-Times are taken at events of the streams, which come only every ``STREAM_INTERVAL`` tokens:
-what it costs to stream would otherwise be taken from the model's two cores.
+Times are taken at events of the streams, which come only every ``STREAM_INTERVAL`` tokens
+unless said otherwise: what it costs to stream is taken from the model's two cores.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class Batch:
     requests: int
     prompt_tokens: int
     output_tokens: int
+    stream_interval: int = STREAM_INTERVAL
 
     def measure(
         self, client: Client, seed: int, on_event: Callable[[int], None] | None = None
@@ -120,7 +121,7 @@ class Batch:
         pool = ThreadPoolExecutor(self.requests, thread_name_prefix="stream")
         try:
             futures: list[Future[list[Event]]] = [
-                pool.submit(_stream, client, prompt, self.output_tokens, watch, i)
+                pool.submit(_stream, client, prompt, self, watch, i)
                 for i, prompt in enumerate(prompts)
             ]
             for future in as_completed(futures):
@@ -152,10 +153,12 @@ class _Watch:
 
 
 def _stream(
-    client: Client, prompt: Sequence[int], output_tokens: int, watch: _Watch, index: int
+    client: Client, prompt: Sequence[int], batch: Batch, watch: _Watch, index: int
 ) -> list[Event]:
     events = []
-    answers = client.stream(prompt, output_tokens, logprobs=False, stream_interval=STREAM_INTERVAL)
+    answers = client.stream(
+        prompt, batch.output_tokens, logprobs=False, stream_interval=batch.stream_interval
+    )
     for answer in answers:
         events.append(Event(time.perf_counter(), len(answer.output_ids)))
         watch.saw(index, events[-1].tokens)

@@ -113,7 +113,7 @@ def _step(client: Client, setup: Setup, mix: Mix) -> tuple[int, float]:
     room = FILL * setup.arena_tokens
     requests = max(1, round(room / context))
     prompt = max(1, round(room / requests) - DECODE_TOKENS)
-    batch = Batch(requests, prompt, DECODE_TOKENS)
+    batch = Batch(requests, prompt, DECODE_TOKENS, stream_interval=1)  # as the replay streams
     steps = [batch.measure(client, seed).step_s for seed in range(REPETITIONS)]
     return requests, statistics.median(steps)
 

@@ -42,6 +42,12 @@ def test_by_default_the_arena_is_what_sglang_profiled_and_the_host_holds_eight_o
     )
 
 
+def test_the_ring_is_smaller_where_little_is_streamed_of_every_layer() -> None:
+    assert resolved(OrbitFlowConfig(policy="orbitflow")).ring_pages == 800 // 16
+    assert resolved(OrbitFlowConfig(policy="swap")).ring_pages == 800 // 16
+    assert resolved(OrbitFlowConfig(policy="paper")).ring_pages == 800 // 8
+
+
 def test_by_default_the_host_store_takes_at_most_half_of_what_is_free() -> None:
     capacity = resolved(OrbitFlowConfig(policy="static:1"), free_host_bytes=100 * PAGE_BYTES)
     assert capacity.host_pages == 50
