@@ -24,7 +24,7 @@ from orbitflow_sglang.control.view import (
     RequestView,
     StepDecision,
 )
-from orbitflow_sglang.planner.problem import IntArray
+from orbitflow_sglang.planner.problem import IntArray, PlanningProblem
 from orbitflow_sglang.slo import STRICT_GAP_S
 
 MIN_RUN_STEPS = 4  # that a request decodes between two pauses
@@ -172,7 +172,7 @@ class Controller:
         if spec.streaming == "all":
             scene.room = math.inf
         else:
-            scene.room = rules.capacity(machine.main_pages, 0, scene.budget_pages, machine.layers)
+            scene.room = machine.main_pages + scene.budget_pages
         if self._pages([*scene.decoding, *scene.prefilling, *scene.paused]) > scene.room:
             scene.shared = [unit for unit in obs.units() if len(unit.users) > 1]
         self._returning = {v.rid: None for v in scene.paused if v.rid in self._returning}
@@ -465,13 +465,16 @@ class Controller:
         if not changed and not self.planning.busy:
             return None, ()
         held = sum(v.tokens // self.machine.page_size for v in scene.paused)
-        problem = self.planning.problem(
-            active, obs.units(), scene.compute_s, self.costs.page_transfer_s,
-            None if self.spec.streaming == "all" else scene.budget_pages,
-            held * self.machine.layers, scene.now,
-        )  # fmt: skip
-        plan = self.planning.ask(problem) if changed or self.planning.plan is None else None
-        plan = plan or self.planning.news(problem)
+
+        def problem() -> PlanningProblem:
+            return self.planning.problem(
+                active, obs.units(), scene.compute_s, self.costs.page_transfer_s,
+                None if self.spec.streaming == "all" else scene.budget_pages,
+                held * self.machine.layers, scene.now,
+            )  # fmt: skip
+
+        asks = changed or self.planning.plan is None
+        plan = self.planning.ask(problem()) if asks else self.planning.news(problem)
         if plan is None:
             return None, ()
         self._placed, self._replan, self._plan_steps = key, False, 0

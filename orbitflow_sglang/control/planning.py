@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -105,13 +105,13 @@ class Planning:
             self.worker.submit(problem, self._number, self._steps)
         return self._adopt(problem, None)
 
-    def news(self, problem: PlanningProblem) -> Plan | None:
-        """The worker's plan made to fit ``problem``, if one has come and differs."""
+    def news(self, problem: Callable[[], PlanningProblem]) -> Plan | None:
+        """The worker's plan made to fit ``problem()``, if one has come and differs."""
         self._steps += 1
         answer = None if self.worker is None else self.worker.poll()
         if answer is None or answer.plan is self.plan:
             return None
-        return self._adopt(problem, answer)
+        return self._adopt(problem(), answer)
 
     @property
     def busy(self) -> bool:

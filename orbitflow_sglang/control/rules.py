@@ -36,12 +36,6 @@ def streaming_budget(hidden_pages: float, *, aside: bool = False) -> int:
     return 0 if aside else int(HIDDEN_SHARE * hidden_pages)
 
 
-def capacity(main_pages: int, tails: int, budget_pages: int, layers: int) -> int:
-    """Closed pages that can be decoded together. Of what is streamed, two layers' worth
-    passes through the arena at a time."""
-    return main_pages - tails + int(budget_pages * (1 - 2 / max(2, layers)))
-
-
 def stands_aside(rho: float, mu: float) -> tuple[bool, bool]:
     """Whether not to stream to admit more, and whether not to pause for newcomers either."""
     prefill_bound = mu < LEAST_MU

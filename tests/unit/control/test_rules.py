@@ -31,12 +31,6 @@ def test_nine_tenths_of_what_compute_hides_are_streamed() -> None:
     assert rules.streaming_budget(100.0, aside=True) == 0
 
 
-def test_capacity_counts_what_passes_through_the_ring() -> None:
-    assert rules.capacity(1000, 80, 160, layers=8) == 1000 - 80 + 120
-    assert rules.capacity(1000, 80, 160, layers=2) == 920  # two layers: nothing is gained
-    assert rules.capacity(1000, 0, 0, layers=1) == 1000
-
-
 def test_it_stands_aside_for_a_slow_link_and_for_long_prefills() -> None:
     assert rules.stands_aside(rho=0.2, mu=3.0) == (False, False)
     assert rules.stands_aside(rho=0.02, mu=3.0) == (True, False)
