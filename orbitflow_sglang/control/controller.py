@@ -155,6 +155,11 @@ class Controller:
     def _used(self, scene: Scene, views: Sequence[RequestView]) -> int:
         return pages_used(scene, views, self.machine)
 
+    def _held(self, scene: Scene) -> int:
+        """Pages that those set aside hold on the host."""
+        pages = sum(view.tokens // self.machine.page_size for view in scene.paused)
+        return pages * self.machine.layers
+
     def _weigh(self, scene: Scene, obs: Observation) -> None:
         machine, spec = self.machine, self.spec
         context = sum(view.tokens for view in scene.decoding)
@@ -167,7 +172,10 @@ class Controller:
         rho = scene.hidden_pages / machine.main_pages
         aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
         if spec.streaming == "hidden":
-            scene.budget_pages = rules.streaming_budget(scene.hidden_pages, aside=aside)
+            scene.budget_pages = min(
+                rules.streaming_budget(scene.hidden_pages, aside=aside),
+                max(0, machine.host_pages - self._held(scene)),
+            )
         self.budget_pages = scene.budget_pages
         if spec.streaming == "all":
             scene.room = math.inf
@@ -464,13 +472,12 @@ class Controller:
         changed = self._placed != key or self._replan or self._plan_steps >= WINDOW_STEPS
         if not changed and not self.planning.busy:
             return None, ()
-        held = sum(v.tokens // self.machine.page_size for v in scene.paused)
 
         def problem() -> PlanningProblem:
             return self.planning.problem(
                 active, obs.units(), scene.compute_s, self.costs.page_transfer_s,
                 None if self.spec.streaming == "all" else scene.budget_pages,
-                held * self.machine.layers, scene.now,
+                self._held(scene), scene.now,
             )  # fmt: skip
 
         asks = changed or self.planning.plan is None
