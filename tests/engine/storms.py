@@ -45,7 +45,7 @@ STORM = storm_requests()
 # 8 that grow together from 1,600 tokens to 2,560.
 GROWING = mixed_requests(8, seed=22, shortest=200, longest=200, max_new_tokens=120)
 # Never held, and long enough to outgrow whatever the short ones leave of 1,900 tokens.
-(FREE,) = mixed_requests(1, seed=23, shortest=200, longest=200, max_new_tokens=300)
+(FREE,) = mixed_requests(1, seed=23, shortest=200, longest=200, max_new_tokens=400)
 FREE = replace(FREE, rid="free")
 FILLING = mixed_requests(24, seed=24, shortest=72, longest=72, max_new_tokens=8)
 ALL = [*STORM, *GROWING, FREE, *FILLING]

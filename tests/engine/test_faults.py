@@ -82,7 +82,8 @@ def test_paused_requests_give_up_their_kv_before_the_last_running_one_has_to_end
 ) -> None:
     before = control_of(server)["retractions"]
     set_internal_state(server, "orbitflow_hold", 1)
-    stream = server.stream(FREE.input_ids, FREE.max_new_tokens, rid=FREE.rid)
+    # Of one that ignores the end of text SGLang keeps room for all that it may say.
+    stream = server.stream(FREE.input_ids, FREE.max_new_tokens, rid=FREE.rid, ignore_eos=False)
     answer = next(stream)  # it runs; then the others fill what it has yet to grow into
     with Held(server, FILLING, at_least=1) as held:
         *_, answer = stream
