@@ -2,8 +2,9 @@
 
 Decode throughput of a server with OrbitFlow and its controller, which has nothing to decide,
 against stock SGLang with the same attention backend, page size and capacity. One server is
-alive at a time. A pair is one server of each kind in random order; its ratio compares the medians of
-their repetitions. The result is the median ratio of the pairs with the least and the most.
+alive at a time. A pair is one server of each kind in random order; its ratio compares the
+medians of their repetitions. The result is the median ratio of the pairs with the least and
+the most.
 """
 
 from __future__ import annotations
