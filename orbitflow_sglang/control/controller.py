@@ -240,7 +240,7 @@ class Controller:
         gone: list[str] = []
         if self.spec.overflow != "pause" or self.spec.streaming == "all":
             return gone
-        while scene.used > scene.room and len(scene.decoding) - len(gone) > 1:
+        while scene.used > scene.room and len(scene.decoding) + len(scene.prefilling) - len(gone) > 1:
             if len(scene.paused) + len(gone) >= self.machine.max_paused:
                 break
             able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]
@@ -487,7 +487,9 @@ class Controller:
         self._placed, self._replan, self._plan_steps = key, False, 0
         self.costs.planned()
         self.streamed_pages = plan.streamed_pages
-        set_aside = tuple(unit.id for unit in plan.units if unit.paused and unit.id in key[0])
+        able = {view.rid for view in scene.decoding if view.pausable and view.rid not in gone}
+        room = max(0, self.machine.max_paused - len(scene.paused) - len(gone))
+        set_aside = tuple(unit.id for unit in plan.units if unit.paused and unit.id in able)[:room]
         if set_aside:
             self.counts["pauses"] += len(set_aside)
             scene.reasons.append(f"pause {', '.join(set_aside)}: by the plan")

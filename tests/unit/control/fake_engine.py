@@ -46,13 +46,14 @@ class ConstantCosts:
     forward_s: float = 0.01
     request_s: float = 0.001
     prefill_token_s: float = 1e-4
+    slowdown: float = 1.0  # of steps as they go, over compute alone
     plans: int = 0
 
     def compute_s(self, batch: int, context_tokens: int) -> float:
         return self.forward_s + self.request_s * batch + 1e-6 * context_tokens
 
     def step_s(self, batch: int, context_tokens: int) -> float:
-        return self.compute_s(batch, context_tokens)
+        return self.slowdown * self.compute_s(batch, context_tokens)
 
     def prefill_s(self, tokens: int, context_tokens: int) -> float:
         return self.prefill_token_s * tokens
@@ -300,11 +301,12 @@ class FakeEngine:
             if (found := URGENT.match(reason)) is not None:
                 victim, urgent = (self._pace(rid) for rid in found.groups())
                 assert victim >= urgent, f"a strict request left for a loose one: {reason}"
+        assert self.controller.budget_pages <= self.machine.host_pages
         plan = self.controller.planning.plan
         if plan is not None and plan.problem.stream_budget_pages is not None:
-            # The planner keeps room for more growth than admission does, and may need more for it.
-            raised = plan.problem.stream_budget_pages > self.controller.budget_pages
-            assert raised or plan.streamed_pages <= plan.problem.stream_budget_pages
+            budget, host = plan.problem.stream_budget_pages, plan.problem.host_pages
+            # What its window may still need can be more than the host has: then nothing does.
+            assert budget > host or plan.streamed_pages <= budget
         if decision is NOTHING or spec.overflow != "pause" or spec.streaming == "all":
             return
         pages = sum(self._pages(view) for view in active)
