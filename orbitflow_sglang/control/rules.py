@@ -1,8 +1,7 @@
 """The rules, one pure function each; a policy is a choice of them.
 
 Why these and not others: ``docs/control.md``. Words: h, the pages that a step's compute
-hides on the link; rho = h / arena; s = TPOT target / step with everything resident; mu =
-decode seconds / prefill seconds at the memory limit.
+hides on the link; rho = h / arena; mu = decode seconds / prefill seconds at the memory limit.
 """
 
 from __future__ import annotations

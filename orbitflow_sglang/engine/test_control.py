@@ -34,6 +34,7 @@ from orbitflow_sglang.engine.scheduler import runtime_of
 from orbitflow_sglang.engine.test_faults import FAULTS
 from orbitflow_sglang.planner.policies import make_policy
 from orbitflow_sglang.residency.page_table import PageState
+from orbitflow_sglang.residency.transfer import direction
 
 NOT_HELD = "free"  # as an id begins
 
@@ -57,7 +58,7 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
         runtime.before_step = _Corruption(int(value))
 
     def pause(key: str, value: Any) -> None:
-        runtime.control.force = _ForcedPauses(int(value)) if int(value) else None
+        runtime.control.force = _ForcedPauses(runtime, int(value)) if int(value) else None
 
     def hold(key: str, value: Any) -> None:
         runtime.control.force = _hold if int(value) else None
@@ -83,7 +84,12 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
 
     def slow(key: str, value: Any) -> None:
         if not ranks.leads():
-            runtime.store.engine.emulate(int(value) * 1e6 or None)
+            engine: Any = runtime.store.engine
+            engine.drain()
+            engine.close()
+            engine._h2d, engine._d2h = (
+                direction(name, int(value) * 1e6 or None) for name in ("h2d", "d2h")
+            )
 
     return {
         **handlers,
@@ -145,12 +151,21 @@ def _hold(observation: Observation, decision: StepDecision) -> StepDecision:
 
 
 class _ForcedPauses:
-    """Adds pauses to the controller's decisions until each request has had its share."""
+    """Adds pauses to the controller's decisions until each request has had its share.
 
-    def __init__(self, times: int) -> None:
+    Who shares pages, which is remembered between decode steps, is looked at anew every time.
+    """
+
+    def __init__(self, runtime: Runtime, times: int) -> None:
+        self._control = runtime.control
         self._times = times
 
     def __call__(self, observation: Observation, decision: StepDecision) -> StepDecision:
+        remembered = observation.units()
+        self._control._grouped = None
+        found = observation.units()
+        if {unit.id: unit for unit in remembered} != {unit.id: unit for unit in found}:
+            raise RuntimeError(f"units are remembered as {remembered}, but are {found}")
         due = [
             view.rid
             for view in observation.requests

@@ -128,8 +128,8 @@ class CPUTransferEngine(TransferEngine):
         self._host = (_as_rows(host.k), _as_rows(host.v))
         self._page_size = arena.k.shape[1]
         self._page_bytes = sum(rows[0].nbytes for rows in self._device)
-        self._h2d = _direction("orbitflow-h2d", link_bytes_per_s)
-        self._d2h = _direction("orbitflow-d2h", link_bytes_per_s)
+        self._h2d = direction("orbitflow-h2d", link_bytes_per_s)
+        self._d2h = direction("orbitflow-d2h", link_bytes_per_s)
 
     @property
     def h2d(self) -> LinkStats:
@@ -179,15 +179,6 @@ class CPUTransferEngine(TransferEngine):
         self._h2d.close()
         self._d2h.close()
 
-    def emulate(self, link_bytes_per_s: float | None) -> None:
-        """From here on emulate links of that rate, or none. For tests."""
-        self.drain()
-        self.close()
-        stats = self.h2d, self.d2h
-        self._h2d = _direction("orbitflow-h2d", link_bytes_per_s)
-        self._d2h = _direction("orbitflow-d2h", link_bytes_per_s)
-        self._h2d.stats, self._d2h.stats = stats
-
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """A NumPy view of any dtype's bytes: its copies release the interpreter's lock."""
@@ -213,7 +204,8 @@ def _copy_rows(
         target[target_rows[rows]] = source.take(source_rows[rows], axis=0)
 
 
-def _direction(name: str, link_bytes_per_s: float | None) -> _CopyThread | _EmulatedLink:
+def direction(name: str, link_bytes_per_s: float | None) -> _CopyThread | _EmulatedLink:
+    """What carries the copies of one direction."""
     return _CopyThread(name) if link_bytes_per_s is None else _EmulatedLink(link_bytes_per_s)
 
 

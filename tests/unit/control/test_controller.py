@@ -216,3 +216,17 @@ def test_a_long_prompt_takes_turns_with_a_strict_stream() -> None:
     deferring = [not decision.prefill for decision in engine.decisions]
     chunks = {d.chunk_tokens for d in engine.decisions if d.chunk_tokens is not None}
     assert any(deferring) and max(chunks) < MACHINE.max_chunk_tokens, chunks
+
+
+def test_chunks_leave_room_for_steps_as_they_go_and_streaming_is_what_compute_hides() -> None:
+    def chunk_and_budget(slowdown: float) -> tuple[int, int]:
+        jobs = [Job(32, 40, slo=SLO(tpot_s=0.03, tbt_s=0.05)), Job(2000, 4, arrival_s=0.1)]
+        costs = ConstantCosts(prefill_token_s=1e-4, slowdown=slowdown)
+        engine = FakeEngine("orbitflow", jobs, costs=costs)
+        assert_all_served(engine, 2)
+        sizes = [d.chunk_tokens for d in engine.decisions if d.chunk_tokens is not None]
+        return min(sizes), engine.controller.budget_pages
+
+    (wide, budget), (narrow, budget_then) = chunk_and_budget(1.0), chunk_and_budget(2.0)
+    assert narrow < wide
+    assert budget_then == budget > 0

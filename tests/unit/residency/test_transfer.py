@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,31 @@ def test_bytes_in_order(parts: tuple[Arena, HostStore], rate: float | None) -> N
     assert (engine.d2h.transfers, engine.d2h.bytes) == (2, 4 * LAYOUT.page_bytes)
     assert (engine.h2d.transfers, engine.h2d.bytes) == (1, 2 * LAYOUT.page_bytes)
     engine.close()
+
+
+def test_a_copy_over_an_emulated_link_counts_when_its_bytes_are_across(
+    parts: tuple[Arena, HostStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    slept: list[float] = []
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=slept.append)
+    monkeypatch.setattr("orbitflow_sglang.residency.transfer.time", clock)
+    engine = engine_of(parts, rate=LAYOUT.page_bytes / 2)  # two seconds a page
+    first, second = engine.fetch(ids(1), ids(10)), engine.fetch(ids(2, 3), ids(10, 11))
+    other_way = engine.write_back(ids(4), ids(4))
+    now[0] = 101.9
+    assert not (first.done or second.done or other_way.done)
+    now[0] = 102.1
+    assert first.done and other_way.done and not second.done, "one behind the other"
+    second.wait()
+    assert slept == pytest.approx([106 - 102.1])
+    now[0] = 106.1
+    assert second.done
+    now[0] = 200.0
+    late = engine.fetch(ids(1), ids(10))
+    now[0] = 201.9
+    assert not late.done, "the link has stood idle, and saved up nothing"
+    assert (engine.h2d.busy_s, engine.d2h.busy_s) == (8.0, 2.0)
 
 
 def test_write_through_from_strided_tensors(parts: tuple[Arena, HostStore]) -> None:
