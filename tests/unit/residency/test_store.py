@@ -222,6 +222,18 @@ def test_full_pages_placed_on_the_host_never_have_an_arena_page() -> None:
     assert store.engine._d2h.stats.bytes == 5 * LAYERS * store.layout.page_bytes
 
 
+def test_pages_that_go_straight_to_the_host_leave_the_arena_untouched() -> None:
+    store = make_store()
+    store.place(ids(1, 2), np.arange(LAYERS) % 2 == 0)
+    store.arena.k.fill_(-7.0)
+    run(store, prefill_step([1, 2], SIZE))
+    touched = np.flatnonzero((store.arena.k != -7.0).flatten(1).any(1).numpy())
+    table = store.table
+    own = table.device_page[:, [1, 2]]
+    assert set(touched) <= {*own[own >= 0].tolist()}, "written where nobody owns a page"
+    assert len(touched) == LAYERS // 2 * 2
+
+
 def test_full_pages_without_room_go_to_the_host() -> None:
     store = make_store(LAYERS, SIZE, main=LAYERS * 2)
     run(store, prefill_step([1, 2, 3, 4], SIZE, new_tails=ids(5)))
