@@ -240,7 +240,9 @@ class Controller:
         gone: list[str] = []
         if self.spec.overflow != "pause" or self.spec.streaming == "all":
             return gone
-        while scene.used > scene.room and len(scene.decoding) + len(scene.prefilling) - len(gone) > 1:
+        while (
+            scene.used > scene.room and len(scene.decoding) + len(scene.prefilling) - len(gone) > 1
+        ):
             if len(scene.paused) + len(gone) >= self.machine.max_paused:
                 break
             able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]

@@ -88,7 +88,7 @@ class SchedulerControl:
         self._placer = runtime.placer
         self._launched: _Launched | None = None
         self._held: dict[str, Req] = {}  # with KV, as last observed
-        self._grouped: tuple[str, ...] | None = None  # for whom it was looked who shares pages
+        self._grouped: list[tuple[str, bytes]] | None = None  # prompts looked at for shared pages
         self._shared: list[UnitView] = []
 
     # --- around the choice of the next batch -----------------------------------
@@ -195,7 +195,6 @@ class SchedulerControl:
         self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
         self.controller.stepped(prefill, now)
         if prefill:
-            self._grouped = None
             self._note_waits(batch, now)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
         context = sum(lengths)
@@ -454,16 +453,24 @@ class SchedulerControl:
             LiveRequest(req.rid, req.kv.req_pool_idx, req.kv.kv_allocated_len)
         )
 
+    def _prompt_pages(self, rid: str) -> np.ndarray:
+        view, kv = self.views[rid], self._held[rid].kv
+        tokens = min(view.tokens, view.prompt_tokens)
+        return self._runtime.pages_of(LiveRequest(rid, kv.req_pool_idx, tokens))
+
     def _units(self) -> list[UnitView]:
         """Closed pages of those that hold KV, by who uses them.
 
-        Decode steps share nothing, so who shares what is looked at again only behind others.
+        Only pages of prompts are shared, so who shares what is looked at again when one of
+        those has changed. It does at a request's prefill, and when the radix tree, later, gives
+        a request the pages of an equal prompt.
         """
-        store, rids = self._runtime.store, tuple(self._held)
-        if self._grouped != rids:
+        store, rids = self._runtime.store, list(self._held)
+        prompts = [(rid, self._prompt_pages(rid).tobytes()) for rid in rids]
+        if self._grouped != prompts:
             live, held = self._holders()
             found = units_of(live, held, len(store.table.in_use), store.layout.page_size)
-            self._grouped = rids
+            self._grouped = prompts
             self._shared = [unit for unit, _ in found if len(unit.users) > 1]
         shared: Counter[str] = Counter()
         for unit in self._shared:
