@@ -30,8 +30,6 @@ from orbitflow_sglang.slo import STRICT_GAP_S
 MIN_RUN_STEPS = 4  # that a request decodes between two pauses
 AVERAGE_SHARE = 0.1  # of a finished request in the averages
 REMEMBERED_REASONS = 64
-AVERAGE_STEP_SHARE = 0.02
-LONGEST_COUNTED_S = 1.0  # between two decode steps: more is a pause of the server
 
 
 class Costs(Protocol):
@@ -77,25 +75,13 @@ class Controller:
         self._plan_steps = 0
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
         self._average_prompt, self._average_output = 0.0, 0.0
-        self._decoded_at: float | None = None
-        self._pace_s = 0.0  # between decode steps, prefill between them included
 
     # --- what happened --------------------------------------------------------
 
-    def stepped(self, prefill: bool, now: float) -> None:
+    def stepped(self, prefill: bool) -> None:
         """A step begins: with prompt tokens, or only decoding."""
         self._since_chunk = 0 if prefill else self._since_chunk + 1
         self._plan_steps += 1
-        if not prefill:
-            if self._decoded_at is not None:
-                gap = min(now - self._decoded_at, LONGEST_COUNTED_S)
-                share = AVERAGE_STEP_SHARE if self._pace_s else 1.0
-                self._pace_s += share * (gap - self._pace_s)
-            self._decoded_at = now
-
-    def idle(self) -> None:
-        """Nothing runs."""
-        self._decoded_at = None
 
     def drifted(self) -> None:
         """Measured steps disagree with predicted ones: plan again."""

@@ -193,7 +193,7 @@ class SchedulerControl:
         self._measure(now)
         prefill = batch.forward_mode.is_extend()
         self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
-        self.controller.stepped(prefill, now)
+        self.controller.stepped(prefill)
         if prefill:
             self._note_waits(batch, now)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
@@ -223,7 +223,6 @@ class SchedulerControl:
     def idle(self) -> None:
         """Nothing runs: the time until the next step belongs to none."""
         self._launched = None
-        self.controller.idle()
 
     def _measure(self, now: float) -> None:
         step, self._launched = self._launched, None

@@ -134,7 +134,6 @@ class FakeEngine:
             self._deferred += bool(self._phase("prefill"))
             assert self._deferred <= rules.MAX_STEPS_BETWEEN_CHUNKS, "a prompt is not gone on with"
         else:
-            self.controller.idle()
             self.now += 1e-3
             self._idle += 1
             if self._idle > MOST_IDLE_STEPS:
@@ -203,7 +202,7 @@ class FakeEngine:
         self.controller.admitted(started)
         if not batch:
             return False
-        self.controller.stepped(True, self.now)
+        self.controller.stepped(True)
         done = 0
         for view in batch:
             tokens = min(left - done, view.prompt_tokens - view.tokens)
@@ -230,7 +229,7 @@ class FakeEngine:
         decoding = self._phase("decode")
         if not decoding:
             return False
-        self.controller.stepped(False, self.now)
+        self.controller.stepped(False)
         compute = self.costs.compute_s(len(decoding), sum(view.tokens for view in decoding))
         self.now += max(compute, self.controller.streamed_pages * self.costs.page_transfer_s)
         for view in decoding:

@@ -138,7 +138,7 @@ def test_by_arrival_who_was_served_first_goes_on_first() -> None:
 
 
 def test_a_paced_request_is_committed_for_its_share_of_the_time() -> None:
-    assert rules.committed_share(0.02, 0.04, paced=True) == pytest.approx(0.65)  # 1.3 x 0.5
+    assert rules.committed_share(0.02, 0.04, paced=True) == pytest.approx(0.75)  # 1.5 x 0.5
     assert rules.committed_share(0.02, 0.01, paced=True) == 1.0
     assert rules.committed_share(0.02, 0.04, paced=False) == 1.0
 
