@@ -18,7 +18,8 @@ from eval.client import Client
 from eval.live.contestants import Setup, server
 from eval.live.machine import OthersLoad
 from eval.live.replay import replay
-from eval.live.workload import LiveRequest, Mix, Targets, at_once, prompts
+from eval.live.workload import Mix, prompts
+from eval.workload.requests import Targets, TraceRequest, at_once
 
 TTFT_FLOOR_S = 2.0
 TPOT_FACTOR = 2.0  # of an all-resident step
@@ -71,7 +72,7 @@ class Calibration:
 
 
 def calibrate(
-    contestant: str, setup: Setup, mix: Mix, trace: list[LiveRequest], seed: int
+    contestant: str, setup: Setup, mix: Mix, trace: list[TraceRequest], seed: int
 ) -> Calibration:
     """Starts a server and measures; takes about as long as a run at load 1."""
     with server(contestant, setup) as running:
@@ -100,7 +101,7 @@ def warm_up(client: Client, setup: Setup) -> None:
     """Prefill and decode of more than the arena holds; nothing of it stays cached."""
     requests = 6
     tokens = setup.arena_tokens // (requests - 1)
-    trace = [LiveRequest(0.0, tokens, 48, f"warm-up-{i}") for i in range(requests)]
+    trace = [TraceRequest(0.0, tokens, 48, f"warm-up-{i}") for i in range(requests)]
     failed = [one.error for one in replay(client.url, trace, prompts(trace, seed=-1)) if one.error]
     if failed:
         raise RuntimeError(f"the warm-up failed: {failed[0]}")

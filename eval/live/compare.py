@@ -47,8 +47,9 @@ from eval.live.contestants import Setup
 from eval.live.machine import DISTURBED_CORES, OthersLoad
 from eval.live.records import CannotResume, Cell, Results, from_row
 from eval.live.replay import Answer, replay
-from eval.live.workload import LiveRequest, Mix, at_rate, draw, prompts, with_slo
+from eval.live.workload import Mix, draw, prompts
 from eval.server import ServerFailed
+from eval.workload.requests import TraceRequest, at_rate, with_slo
 
 RESULTS = ROOT / "eval" / "results" / "cpu-live"
 FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
@@ -107,19 +108,19 @@ def cells(names: Sequence[str], loads: Sequence[float], repeats: int, seed: int)
 
 def trace_of(
     cell: Cell, calibration: Calibration, options: argparse.Namespace, mix: Mix
-) -> list[LiveRequest]:
+) -> list[TraceRequest]:
     """The trace of a repeat, the same for every contestant, stretched to the load."""
     drawn = draw(mix, options.requests, options.seed + cell.repeat)
     rate = cell.load * calibration.load_1_requests_per_s
     targets = calibration.targets(_seconds(options.ttft_slo_ms), _seconds(options.tpot_slo_ms))
-    trace = with_slo(at_rate(drawn, rate), targets)
+    trace = with_slo(at_rate(drawn, rate), targets.of)
     if contestants.is_paced(cell.contestant):
         trace = [replace(one, slo=replace(one.slo, deposit=True)) for one in trace]
     return trace
 
 
 def measure(
-    cell: Cell, setup: Setup, trace: Sequence[LiveRequest], seed: int
+    cell: Cell, setup: Setup, trace: Sequence[TraceRequest], seed: int
 ) -> tuple[list[Answer], dict[str, Any]]:
     """One server's life: start, warm-up, replay, stop."""
     with contestants.server(cell.contestant, setup) as server:

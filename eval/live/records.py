@@ -19,8 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from eval.live.metrics import Generated, Served
 from eval.live.replay import Answer
+from eval.metrics import Generated, Served
 from orbitflow_sglang.slo import SLO
 
 TICKS_PER_S = 10_000  # token times are kept in steps of 0.1 ms

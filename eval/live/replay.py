@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from eval.live.workload import LiveRequest
+from eval.workload.requests import TraceRequest
 
 READ_BYTES = 1 << 20  # an event repeats all ids so far: aiohttp refuses long lines otherwise
 DATA, DONE = b"data: ", b"data: [DONE]"
@@ -26,7 +26,7 @@ DATA, DONE = b"data: ", b"data: [DONE]"
 class Answer:
     """What came back for one request; times in seconds since the start of the replay."""
 
-    request: LiveRequest
+    request: TraceRequest
     sent_s: float = 0.0
     events: list[tuple[float, int]] = field(default_factory=list)  # time, tokens so far
     output_ids: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Answer:
 
 def replay(
     url: str,
-    trace: Sequence[LiveRequest],
+    trace: Sequence[TraceRequest],
     prompts: Sequence[Sequence[int]],
     timeout_s: float = 900.0,
 ) -> list[Answer]:
@@ -55,7 +55,7 @@ def replay(
 
 
 async def _replay(
-    url: str, trace: Sequence[LiveRequest], bodies: Sequence[bytes], timeout_s: float
+    url: str, trace: Sequence[TraceRequest], bodies: Sequence[bytes], timeout_s: float
 ) -> list[Answer]:
     connector = aiohttp.TCPConnector(limit=0)  # the default of 100 would close the loop
     timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -68,7 +68,7 @@ async def _replay(
 
 
 async def _send(
-    session: aiohttp.ClientSession, request: LiveRequest, body: bytes, began: float
+    session: aiohttp.ClientSession, request: TraceRequest, body: bytes, began: float
 ) -> Answer:
     answer = Answer(request)
     await asyncio.sleep(began + request.arrival_s - time.perf_counter())
@@ -110,7 +110,7 @@ def read_event(answer: Answer, at_s: float, event: Mapping[str, Any]) -> None:
             answer.error = f"abort: {reason.get('message')}"
 
 
-def _body(request: LiveRequest, prompt: Sequence[int]) -> bytes:
+def _body(request: TraceRequest, prompt: Sequence[int]) -> bytes:
     """Made before the clock starts: the client shares two cores with the server."""
     sampling: dict[str, Any] = {
         "temperature": 0,

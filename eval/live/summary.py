@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.live.bootstrap import Interval, paired_difference, share_interval
-from eval.live.metrics import (
+from eval.bootstrap import Interval, paired_difference, share_interval
+from eval.live.records import Row, from_row
+from eval.metrics import (
     PER_REQUEST,
     Served,
     by_run,
@@ -16,7 +17,6 @@ from eval.live.metrics import (
     shares,
     tokens_per_s,
 )
-from eval.live.records import Row, from_row
 
 Group = tuple[float, str]  # load, contestant
 COLUMNS = (

@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from eval.bench.measure import random_prompts
-from eval.traces import Arrival
-from orbitflow_sglang.slo import REQUEST_KEY, SLO
+from eval.workload.requests import TraceRequest, at_rate
 
 Range = tuple[int, int]
-NO_SLO = SLO()
 
 
 @dataclass(frozen=True)
@@ -54,27 +51,7 @@ class Mix:
         return _mean(self.short_output, self.long_output, self.long_outputs)
 
 
-@dataclass(frozen=True)
-class LiveRequest(Arrival):
-    """One request to replay. Equal ``rid`` and seed mean the same prompt."""
-
-    rid: str
-    slo: SLO = NO_SLO
-
-    @property
-    def custom_params(self) -> dict[str, Any]:
-        """The targets as a server with OrbitFlow reads them; others ignore them."""
-        values: dict[str, Any] = {
-            f"{name}_slo_ms": target * 1e3
-            for name in ("ttft", "tpot", "tbt")
-            if (target := getattr(self.slo, f"{name}_s")) is not None
-        }
-        if self.slo.deposit:
-            values["deposit"] = True
-        return {REQUEST_KEY: values} if values else {}
-
-
-def draw(mix: Mix, requests: int, seed: int) -> list[LiveRequest]:
+def draw(mix: Mix, requests: int, seed: int) -> list[TraceRequest]:
     """A trace of so many requests whose mean time between arrivals is 1 s."""
     chance = random.Random(seed)
     sigma = math.sqrt(math.log(1 + mix.cv**2))
@@ -83,59 +60,16 @@ def draw(mix: Mix, requests: int, seed: int) -> list[LiveRequest]:
         inputs = mix.long_input if chance.random() < mix.long_inputs else mix.short_input
         outputs = mix.long_output if chance.random() < mix.long_outputs else mix.short_output
         trace.append(
-            LiveRequest(now, chance.randint(*inputs), chance.randint(*outputs), f"r{index:04d}")
+            TraceRequest(now, chance.randint(*inputs), chance.randint(*outputs), f"r{index:04d}")
         )
         now += chance.lognormvariate(-(sigma**2) / 2, sigma)
     return at_rate(trace, 1.0)
 
 
-def at_rate(trace: Sequence[LiveRequest], requests_per_s: float) -> list[LiveRequest]:
-    """The trace stretched so that it offers exactly this rate from first to last arrival.
-
-    Exactly, because 200 draws of bursty gaps miss their mean by a fifth: repeats with other
-    seeds would be other loads.
-    """
-    if not (math.isfinite(requests_per_s) and requests_per_s > 0):
-        raise ValueError(f"the rate must be above 0, got {requests_per_s}")
-    span = trace[-1].arrival_s - trace[0].arrival_s if trace else 0.0
-    scale = (len(trace) - 1) / requests_per_s / span if span else 0.0
-    first = trace[0].arrival_s if trace else 0.0
-    return [replace(one, arrival_s=(one.arrival_s - first) * scale) for one in trace]
-
-
-def at_once(trace: Sequence[LiveRequest]) -> list[LiveRequest]:
-    """All of it offered at time 0."""
-    return [replace(one, arrival_s=0.0) for one in trace]
-
-
-def with_slo(trace: Sequence[LiveRequest], targets: Targets) -> list[LiveRequest]:
-    """Each request with the targets of its length."""
-    return [replace(one, slo=targets.of(one.input_tokens)) for one in trace]
-
-
-def prompts(trace: Sequence[LiveRequest], seed: int) -> list[list[int]]:
+def prompts(trace: Sequence[TraceRequest], seed: int) -> list[list[int]]:
     """Random token ids, the same for the same seed; no two share a prefix worth caching."""
     chance = random.Random(seed)
     return [random_prompts(1, one.input_tokens, chance.getrandbits(32))[0] for one in trace]
-
-
-@dataclass(frozen=True)
-class Targets:
-    """SLOs in seconds. TTFT: ``ttft_s``, or ``prefill_factor`` unloaded prefills if longer."""
-
-    ttft_s: float
-    tpot_s: float
-    tbt_s: float | None = None  # None: judged by the TPOT target, not sent
-    prefill_factor: float = 5.0
-    prefill_s: float = 0.0  # unloaded, of a prompt of no tokens
-    prefill_s_per_token: float = 0.0
-
-    def of(self, input_tokens: int) -> SLO:
-        unloaded = self.prefill_s + self.prefill_s_per_token * input_tokens
-        return SLO(max(self.ttft_s, self.prefill_factor * unloaded), self.tpot_s, self.tbt_s)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _mean(short: Range, long: Range, share: float) -> float:

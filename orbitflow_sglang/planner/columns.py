@@ -24,6 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from orbitflow_sglang.planner.problem import FloatArray, IntArray
 
+NODE_LIMIT = 20_000  # of a solve: it, and not a clock, ends a search that does not
 TOLERANCE = 1e-9  # a row broken by less, relative to a layer's compute, is kept
 
 
@@ -169,7 +170,7 @@ class _Model:
         integrality[:columns] = 1
         objective = np.zeros(width)
         objective[columns] = 1
-        options: dict[str, float] = {"mip_rel_gap": gap}
+        options: dict[str, float] = {"mip_rel_gap": gap, "node_limit": NODE_LIMIT}
         if time_limit_s is not None:
             options["time_limit"] = time_limit_s
         result = milp(

@@ -95,9 +95,7 @@ def _solve(
     problem: PlanningProblem, choose: Callable[[PlanningProblem, IntArray], Choice | None]
 ) -> Plan:
     begun = time.perf_counter()
-    problem = replace(
-        problem, units=tuple(replace(unit, growth_pages_per_layer=0) for unit in problem.units)
-    )
+    problem = _as_the_authors(problem)
     active = problem.with_users(problem.is_request)
     pages = problem.pages_now
     if problem.layers < 2:  # no distance offloads a single layer
@@ -119,6 +117,17 @@ def _solve(
         offloaded[row] = loads[0 if choice is None else choice.columns[number]]
     plan = _plan(problem, offloaded, active, choice)
     return replace(plan, solve_s=time.perf_counter() - begun)
+
+
+def _as_the_authors(problem: PlanningProblem) -> PlanningProblem:
+    """``problem`` without growth. An engine, which says how large its ring is, also needs room
+    for ring, tails and growth: as the authors' scheduler does, it hands over the rest."""
+    kept = 0
+    if problem.ring_pages is not None:
+        more = int((problem.tails + problem.pages - problem.pages_now).sum())
+        kept = problem.ring_pages + problem.layers * more
+    units = tuple(replace(unit, growth_pages_per_layer=0) for unit in problem.units)
+    return replace(problem, units=units, arena_pages=max(0, problem.arena_pages - kept))
 
 
 def _lengths(problem: PlanningProblem) -> IntArray:

@@ -10,7 +10,6 @@ from eval.live import contestants
 from eval.live.calibrate import Calibration
 from eval.live.compare import cells
 from eval.live.contestants import Setup, flags
-from eval.live.metrics import Generated
 from eval.live.records import (
     CannotResume,
     Cell,
@@ -21,7 +20,9 @@ from eval.live.records import (
 )
 from eval.live.replay import Answer, read_event
 from eval.live.summary import markdown, summarise
-from eval.live.workload import LiveRequest, Mix
+from eval.live.workload import Mix
+from eval.metrics import Generated
+from eval.workload.requests import TraceRequest
 from orbitflow_sglang.slo import SLO
 
 pytestmark = pytest.mark.unit
@@ -30,7 +31,7 @@ RUN = {"problem": None, "failed_idle_checks": 0, "most_late_s": 0.002}
 
 
 def answer(rid: str, at_s: float = 0.5, ids: tuple[int, ...] = (7, 8, 9)) -> Answer:
-    request = LiveRequest(1.0, 10, 3, rid, SLO(1.0, 0.5))
+    request = TraceRequest(1.0, 10, 3, rid, SLO(1.0, 0.5))
     events = [(1.0 + at_s, 1), (1.25 + at_s, 3)]
     return Answer(request, 1.001, events, list(ids), "length")
 
@@ -123,7 +124,7 @@ def test_a_line_holds_what_the_metrics_need() -> None:
 
 
 def test_events_of_a_stream_become_token_times_and_errors() -> None:
-    one = Answer(LiveRequest(1.0, 10, 3, "a"))
+    one = Answer(TraceRequest(1.0, 10, 3, "a"))
     read_event(one, 1.5, {"output_ids": [4], "meta_info": {"finish_reason": None}})
     final = {"finish_reason": {"type": "length"}, "orbitflow": {"generated": {}}}
     read_event(one, 2.0, {"output_ids": [4, 5, 6], "meta_info": final})
@@ -132,7 +133,7 @@ def test_events_of_a_stream_become_token_times_and_errors() -> None:
     assert one.error is None
     read_event(one, 2.1, {"error": {"message": "no"}})
     assert "no" in str(one.error)
-    aborted = Answer(LiveRequest(1.0, 10, 3, "a"))
+    aborted = Answer(TraceRequest(1.0, 10, 3, "a"))
     abort = {"finish_reason": {"type": "abort", "message": "too long"}}
     read_event(aborted, 2.0, {"output_ids": [], "meta_info": abort})
     assert aborted.error == "abort: too long"

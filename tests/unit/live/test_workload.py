@@ -5,22 +5,14 @@ from itertools import pairwise
 
 import pytest
 
-from eval.live.workload import (
-    LiveRequest,
-    Mix,
-    Targets,
-    at_once,
-    at_rate,
-    draw,
-    prompts,
-    with_slo,
-)
+from eval.live.workload import Mix, draw, prompts
+from eval.workload.requests import Targets, TraceRequest, at_once, at_rate, with_slo
 from orbitflow_sglang.slo import SLO, request_slo
 
 pytestmark = pytest.mark.unit
 
 
-def gaps(trace: list[LiveRequest]) -> list[float]:
+def gaps(trace: list[TraceRequest]) -> list[float]:
     return [later.arrival_s - earlier.arrival_s for earlier, later in pairwise(trace)]
 
 
@@ -73,11 +65,11 @@ def test_a_long_prompt_has_a_longer_ttft_target() -> None:
 
 
 def test_a_server_reads_the_targets_that_the_client_judges_by() -> None:
-    (one,) = with_slo([LiveRequest(0.0, 10, 10, "r")], Targets(ttft_s=2.0, tpot_s=0.03))
+    (one,) = with_slo([TraceRequest(0.0, 10, 10, "r")], Targets(ttft_s=2.0, tpot_s=0.03).of)
     assert request_slo(one.custom_params, SLO()) == one.slo
-    paced = LiveRequest(0.0, 10, 10, "r", SLO(2.0, 0.03, deposit=True))
+    paced = TraceRequest(0.0, 10, 10, "r", SLO(2.0, 0.03, deposit=True))
     assert request_slo(paced.custom_params, SLO()) == paced.slo
-    assert LiveRequest(0.0, 10, 10, "r").custom_params == {}
+    assert TraceRequest(0.0, 10, 10, "r").custom_params == {}
 
 
 def test_a_mix_without_sense_is_refused() -> None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from eval.live.bootstrap import Interval, paired_difference, share_interval
+from eval.bootstrap import Interval, paired_difference, share_interval
 
 pytestmark = pytest.mark.unit
 

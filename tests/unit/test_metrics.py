@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from eval.live.metrics import (
+from eval.metrics import (
     Generated,
     Served,
     good,

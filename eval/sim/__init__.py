@@ -1,0 +1,1 @@
+"""A server in simulated time: the real controller and planner over modelled hardware."""

@@ -1,0 +1,145 @@
+"""The arena, the host store and the link to the host: who holds how many pages.
+
+Pages are of one layer. What leaves the device goes through a backlog that drains at the
+link's rate; until then it still takes arena. Every page that moves is counted, so that the
+books can be balanced at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.sim.job import Job
+from orbitflow_sglang.planner.problem import IntArray
+
+
+@dataclass
+class Memory:
+    """Counts of pages of one layer."""
+
+    arena_pages: int
+    ring_pages: int
+    host_pages: int
+    layers: int
+    d2h_page_s: float
+    backlog: float = 0.0  # to be written to the host, still in the arena
+    h2d_pages: int = 0  # that crossed the link so far
+    d2h_pages: int = 0
+    forced_pages: int = 0  # of these, that somebody had to wait for
+
+    @property
+    def main_pages(self) -> int:
+        """The arena without the ring."""
+        return self.arena_pages - self.ring_pages
+
+    def used(self, live: Iterable[Job]) -> int:
+        """Arena pages of live requests, tails included."""
+        total = 0
+        for job in live:
+            if job.view.phase != "waiting":
+                total += job.resident + (self.layers if job.view.phase != "paused" else 0)
+        return total
+
+    def on_host(self, live: Iterable[Job]) -> int:
+        """Host pages that hold the only copy."""
+        return sum(job.on_host for job in live)
+
+    def pass_time(self, seconds: float) -> None:
+        """What waits to be written goes on."""
+        if self.backlog:
+            self.backlog = max(0.0, self.backlog - seconds / self.d2h_page_s)
+
+    def write(self, pages: int) -> None:
+        """So many pages begin to leave the device."""
+        self.backlog += pages
+        self.d2h_pages += pages
+
+    # --- one request ------------------------------------------------------------
+
+    def set_aside(self, job: Job) -> None:
+        """Its pages and its tail go to the host, but for those that are there already."""
+        self.write(job.resident - job.copied + self.layers)
+        job.copied, job.goal, job.host = 0, None, None
+        job.on_host = job.closed_pages
+
+    def fetch(self, job: Job, limit: int) -> int:
+        """Pages of a paused request that come back, at most ``limit``."""
+        moved = min(limit, job.on_host)
+        job.on_host -= moved
+        job.copied += moved
+        self.h2d_pages += moved
+        return moved
+
+    def bring_back(self, job: Job) -> None:
+        """A paused request decodes again; what it still misses is streamed."""
+        missing = job.on_host
+        self.h2d_pages += self.layers  # its tail
+        job.put(job.spread(missing) if missing else None)
+
+    def mirror(self, job: Job, limit: int) -> int:
+        """Pages copied to the host ahead of a pause; they stay in the arena."""
+        moved = max(0, min(limit, job.resident - job.copied))
+        job.copied += moved
+        self.d2h_pages += moved
+        return moved
+
+    def offload(self, job: Job, host: IntArray) -> int:
+        """Pages go to the host until ``host``; those copied before need not be written."""
+        before = job.resident
+        copied = min(job.copied, before)
+        job.copied = copied
+        job.put(host)
+        moved = before - job.resident
+        written = max(0, moved - copied)
+        job.copied = max(0, copied - moved)
+        self.write(written)
+        return moved
+
+    def settle(self, job: Job, limit: int, room: int) -> int:
+        """One step towards ``job.goal``: at most ``limit`` pages leave, and at most ``room``
+        of those streamed stay. Returns how many left."""
+        goal = job.goal
+        if goal is None and job.host is None:
+            return 0
+        now = np.zeros(self.layers, np.int64) if job.host is None else job.host
+        goal = np.zeros(self.layers, np.int64) if goal is None else np.minimum(goal, job.closed)
+        back = _first(np.maximum(0, now - goal), room)
+        if back.any():
+            job.put(now - back)
+            job.copied += int(back.sum())
+            now = now - back
+        away = _first(np.maximum(0, goal - now), limit)
+        return self.offload(job, now + away) if away.any() else 0
+
+    def squeeze(self, jobs: Iterable[Job], missing: int) -> int:
+        """The arena lacks ``missing`` pages: closed pages leave at once, of the largest
+        requests first. Returns how many could."""
+        moved = 0
+        for job in sorted(jobs, key=lambda one: (-one.resident, one.order)):
+            left = missing - moved
+            if left <= 0:
+                break
+            take = min(left, job.resident)
+            if take > 0:
+                now = np.zeros(self.layers, np.int64) if job.host is None else job.host
+                moved += self.offload(job, now + _share(job.closed - now, take))
+        self.forced_pages += moved
+        return moved
+
+
+def _first(moves: IntArray, most: int) -> IntArray:
+    """``moves``, ``[layers]``, cut to ``most`` in total; those of the first layers stay."""
+    if moves.sum() <= most:
+        return moves
+    return np.diff(np.minimum(moves.cumsum(), max(0, most)), prepend=0)
+
+
+def _share(free: IntArray, pages: int) -> IntArray:
+    """``pages`` in total, shared out as ``free``, ``[layers]``, is; never more than that."""
+    moves: IntArray = free * pages // max(1, int(free.sum()))
+    rest = np.flatnonzero(free > moves)[: pages - int(moves.sum())]
+    moves[rest] += 1
+    return moves

@@ -1,0 +1,175 @@
+"""One run by its parameters: workload, load, SLOs, machine, policy, seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from eval.sim import hardware, policies, result
+from eval.sim.engine import Setup, Simulation
+from eval.workload import mixes, trace_file
+from eval.workload.requests import TraceRequest, at_once, at_rate, with_slo
+from orbitflow_sglang.slo import SLO
+
+PREFILL_FACTOR = 5.0  # TTFT target: so many unloaded prefills, where that is longer
+DRAINS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a run depends on, and nothing else: equal scenarios have equal results.
+
+    Either ``trace`` or ``mix`` says who comes. ``load`` (a multiple of what `queue` drains)
+    or ``speed`` (a divisor of arrival times) says when; with neither, as the trace has it.
+    """
+
+    profile: str
+    policy: str
+    seed: int = 0
+    trace: str | None = None
+    mix: str | None = None
+    arrivals: str = "lognormal:4"
+    requests: int | None = None  # the first so many; of a mix: 200
+    load: float | None = None
+    speed: float | None = None
+    slo_scale: float = 2.0
+    ttft_slo_s: float | None = None  # None: of the profile
+    paced: bool = False
+    known_lengths: bool = False
+    mixed: bool = False
+    arena_gb: float | None = None
+    link_gb_per_s: float | None = None
+    max_running: int | None = None
+    planner_latency_s: float | None = 0.005
+    link_jitter: float = 0.0
+    cold: bool = False
+    ring_counted: bool = True
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what cannot be run."""
+        hardware.find(self.profile)
+        policies.find(self.policy)
+        if (self.trace is None) == (self.mix is None):
+            raise ValueError("give either a trace or a mix")
+        if self.mix is not None:
+            mixes.find(self.mix)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @property
+    def machine(self) -> hardware.Hardware:
+        """The profile, resized as asked."""
+        found = hardware.find(self.profile)
+        changes: dict[str, Any] = {}
+        if self.arena_gb is not None:
+            changes["arena_gb"] = self.arena_gb
+        if self.link_gb_per_s is not None:
+            changes |= {"h2d_gb_per_s": self.link_gb_per_s, "d2h_gb_per_s": self.link_gb_per_s}
+        if self.max_running is not None:
+            changes["max_running"] = self.max_running
+        return found.resized(**changes) if changes else found
+
+    @property
+    def setup(self) -> Setup:
+        """What is the same whatever the policy."""
+        return Setup(
+            hardware=self.machine,
+            known_lengths=self.known_lengths,
+            mixed=self.mixed,
+            planner_latency_s=self.planner_latency_s,
+            link_jitter=self.link_jitter,
+            cold=self.cold,
+            ring_counted=self.ring_counted,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    scenario: Scenario
+    simulation: Simulation
+    dropped: int  # rows of the trace that this machine could not hold
+    load_1_requests_per_s: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Metrics and rows as JSON values; the same for the same scenario, byte for byte."""
+        return {
+            "scenario": self.scenario.as_dict(),
+            "load_1_requests_per_s": result.rounded(self.load_1_requests_per_s),
+            "dropped_rows": self.dropped,
+            "metrics": result.summary(self.simulation),
+            "rows": result.rows(self.simulation),
+        }
+
+
+def run(scenario: Scenario) -> Run:
+    """Simulate ``scenario`` and check its books. Raises ``ValueError`` for a bad one."""
+    scenario.check()
+    trace, dropped = _requests(scenario)
+    rate = None
+    if scenario.load is not None:
+        rate = _drained(_bare(scenario))
+        trace = at_rate(trace, scenario.load * rate)
+    elif scenario.speed is not None:
+        trace = [replace(one, arrival_s=one.arrival_s / scenario.speed) for one in trace]
+    simulation = Simulation(
+        scenario.setup, scenario.policy, _promised(scenario, trace), scenario.seed
+    )
+    simulation.run()
+    result.check(simulation)
+    return Run(scenario, simulation, dropped, rate)
+
+
+def _requests(scenario: Scenario) -> tuple[list[TraceRequest], int]:
+    """Who comes, and how many rows no memory could hold."""
+    if scenario.mix is not None:
+        mix = mixes.find(scenario.mix)
+        drawn = mixes.draw(mix, scenario.requests or 200, scenario.arrivals, scenario.seed)
+    else:
+        drawn = trace_file.load(scenario.trace or "")[: scenario.requests]
+    return trace_file.fitting(drawn, scenario.machine.arena_tokens * 9 // 10)
+
+
+def _promised(scenario: Scenario, trace: Sequence[TraceRequest]) -> list[TraceRequest]:
+    """The trace with the targets of each request."""
+    machine = scenario.machine
+    mean = sum(one.input_tokens + one.output_tokens / 2 for one in trace) / max(1, len(trace))
+    tpot = scenario.slo_scale * machine.resident_step_s(mean)
+    floor = machine.ttft_slo_s if scenario.ttft_slo_s is None else scenario.ttft_slo_s
+
+    def targets(input_tokens: int) -> SLO:
+        ttft = max(floor, PREFILL_FACTOR * machine.prefill_s(input_tokens))
+        return SLO(ttft, tpot, deposit=scenario.paced)
+
+    return with_slo(trace, targets)
+
+
+@lru_cache(DRAINS_KEPT)
+def _drained(scenario: Scenario) -> float:
+    """Load 1: requests a second at which `queue` drains the whole trace offered at time 0."""
+    trace, _ = _requests(scenario)
+    simulation = Simulation(scenario.setup, scenario.policy, at_once(trace))
+    simulation.run()
+    return len(trace) / simulation.now
+
+
+def _bare(scenario: Scenario) -> Scenario:
+    """What load 1 depends on: workload and machine, not policy, load or SLOs."""
+    return Scenario(
+        profile=scenario.profile,
+        policy="queue",
+        seed=scenario.seed,
+        trace=scenario.trace,
+        mix=scenario.mix,
+        arrivals=scenario.arrivals,
+        requests=scenario.requests,
+        arena_gb=scenario.arena_gb,
+        link_gb_per_s=scenario.link_gb_per_s,
+        max_running=scenario.max_running,
+        known_lengths=True,
+    )

@@ -1,0 +1,132 @@
+"""Runs that can be followed by hand; the arithmetic is beside the numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import LAYERS, machine, requests, serve
+
+from eval.sim import result
+from eval.sim.job import Job
+from eval.workload.requests import TraceRequest
+from orbitflow_sglang.slo import SLO
+
+pytestmark = pytest.mark.unit
+POLICIES = (
+    *("retract", "queue", "swap", "swap+order", "time-sliced-swap", "orbitflow", "paper"),
+    *("static:1", "all-host", "flexgen", "next-layer", "orbitflow:no-streaming"),
+)
+
+
+def milliseconds(job: Job) -> list[float]:
+    return [round(1e3 * at, 6) for at in job.token_s]
+
+
+def test_two_requests_that_fit() -> None:
+    first, second = serve("retract", requests((0, 8, 3), (0, 4, 2)), machine()).jobs
+    # One step for both prompts: 12 tokens of 1 ms. Then decode steps of 10 ms.
+    assert milliseconds(first) == [12, 22, 32]
+    assert milliseconds(second) == [12, 22]
+
+
+def test_the_second_waits_until_the_first_has_left_its_memory() -> None:
+    trace = requests((0, 8, 3), (0, 4, 2))
+    first, second = serve("queue", trace, machine(arena_tokens=16)).jobs
+    # 16 slots: the first needs 8 + 3, and the second would need 4 + 2 and a page to spare.
+    assert milliseconds(first) == [8, 18, 28]
+    assert milliseconds(second) == [32, 42]  # 28 + 4 x 1, and a step of 10
+
+
+def test_streaming_within_what_compute_hides_costs_nothing() -> None:
+    trace = requests((0, 8, 3))
+    simulation = serve("static:1", trace, machine())
+    # Layers 2 and 4 are on the host, two pages each: 4 pages of 1 ms below 10 ms of compute.
+    assert milliseconds(simulation.jobs[0]) == [8, 18, 28]
+    # Written once: 2 layers x 2 pages. Token 9 and 10 do not fill a page. Read twice.
+    assert simulation.memory.d2h_pages == 4
+    assert simulation.memory.h2d_pages == 8
+
+
+def test_a_step_whose_pages_take_longer_than_compute_is_bound_by_the_link() -> None:
+    simulation = serve("static:1", requests((0, 8, 4)), machine(page_ms=4.0))
+    # 4 pages of 4 ms: 16 ms a step instead of 10.
+    assert milliseconds(simulation.jobs[0]) == [8, 24, 40, 56]
+    assert simulation.stall_s == pytest.approx(3 * 0.006)
+
+
+def test_retraction_throws_away_and_computes_again() -> None:
+    trace = requests((0, 8, 9), (0, 8, 9))
+    hardware = machine(arena_tokens=24)
+    simulation = serve("retract", trace, hardware, known_lengths=False, output_limit=2)
+    first, second = simulation.jobs
+    # Both are let in: 8 + 2 + a page each, of 24 slots. With 6 pages of 4 tokens, two of a
+    # prompt each, both get a third for tokens 9 to 12; the fourth is one too many, so that
+    # the second goes when both have 12 tokens with KV, of which 4 were said, and a fifth said.
+    assert simulation.retractions == 1
+    assert second.recomputed == 8 + 5
+    assert second.computed == 8 + 13
+    assert first.recomputed == 0
+
+
+def test_swap_brings_back_what_it_set_aside() -> None:
+    trace = requests((0, 16, 24), (0, 16, 24))
+    simulation = serve("swap", trace, machine(arena_tokens=64))
+    assert simulation.steps["pauses"] == simulation.steps["resumes"] >= 1
+    assert simulation.retractions == 0
+    memory = simulation.memory
+    # Nothing is streamed: each page comes back as often as it went, tails included.
+    assert 0 < memory.h2d_pages <= memory.d2h_pages + LAYERS
+
+
+def test_what_no_memory_holds_is_refused_and_counted() -> None:
+    simulation = serve("queue", requests((0, 100, 4), (0, 8, 2)), machine(arena_tokens=64))
+    assert [job.rid for job in simulation.refused] == ["r0"]
+    assert result.summary(simulation)["good_requests"] == 0.5
+
+
+def test_mixed_steps_let_decoding_go_on() -> None:
+    trace = requests((0, 4, 3), (0.005, 8, 1))
+    first, second = serve("retract", trace, machine(), mixed=True).jobs
+    # 4 ms of prompt; a decode step to 14 ms; the arrival at 5 ms joins the next: 10 + 8 ms.
+    assert milliseconds(first) == [4, 14, 32]
+    assert milliseconds(second) == [32]
+
+
+def test_paced_delivery_keeps_early_tokens_back_until_the_end() -> None:
+    slo = SLO(1.0, 0.02, deposit=True)
+    # Released at 0.95 x 20 ms behind token 1; the last two when the last is there, at 0.05.
+    assert result.delivered([0.01, 0.02, 0.03, 0.05], slo) == pytest.approx(
+        [0.01, 0.029, 0.048, 0.05]
+    )
+    assert result.delivered([0.0, 0.1], slo) == [0.0, 0.1]
+
+
+def test_the_papers_metrics_do_not_see_waits_between_steps() -> None:
+    job = serve("retract", requests((0, 8, 4)), machine()).jobs[0]
+    job.step_s = [0.01, 0.03, 0.01]  # against 20 ms
+    found = result.paper([job])
+    assert found["paper_tbt_attainment"] == pytest.approx(2 / 3)
+    # Shown at 20; made at 40, as due; then at 60: nothing is late.
+    assert found["paper_tbt_attainment_deposited"] == 1.0
+    assert found["paper_tpot_attainment"] == 1.0
+
+
+LENGTHS = st.lists(
+    st.tuples(st.floats(0, 0.3), st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=8
+)
+
+
+@given(LENGTHS, st.sampled_from(POLICIES), st.booleans(), st.sampled_from((64, 96, 160)))
+@settings(deadline=None, max_examples=60)
+def test_everybody_is_served_and_the_books_balance(
+    lengths: list[tuple[float, int, int]], policy: str, mixed: bool, arena: int
+) -> None:
+    trace: list[TraceRequest] = requests(*lengths, slo=SLO(0.1, 0.02, deposit=True))
+    simulation = serve(policy, trace, machine(arena_tokens=arena), mixed=mixed)
+    served = [job for job in simulation.jobs if job not in simulation.refused]
+    assert all(len(job.token_s) == job.output_tokens for job in served)
+    assert all(job.asked_tokens + job.output_tokens > arena for job in simulation.refused)
+    again = serve(policy, trace, machine(arena_tokens=arena), mixed=mixed)
+    assert result.rows(simulation) == result.rows(again)
+    assert result.summary(simulation) == result.summary(again)
