@@ -16,7 +16,7 @@ STAMP := .venv/.set-up
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream \
-  bench-planner bench-live clean
+  bench-planner eval eval-quick eval-full eval-live clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -77,7 +77,16 @@ bench-stream: setup ## measured step time over an emulated link, against the bou
 bench-planner: setup ## time and quality of plans, and what each idea brings
 	@$(OFFLINE) $(PY) -m eval.bench.planner $(ARGS)
 
-bench-live: setup ## serving policies on real servers in real time (hours; --quick, --resume)
+eval: setup ## tables and figures of the simulated evaluation; a sample is run again
+	@$(PY) -m eval.sim.report $(ARGS)
+
+eval-quick: setup ## a smoke run of the simulated evaluation, in under a minute
+	@$(PY) -m eval.sim.campaign --quick $(ARGS)
+
+eval-full: setup ## every run of the simulated evaluation (hours; goes on where it was)
+	@$(PY) -m eval.sim.campaign $(ARGS)
+
+eval-live: setup ## serving policies on real servers in real time (hours; --quick, --resume)
 	@$(OFFLINE) $(PY) -m eval.live.compare $(ARGS)
 
 clean: ## remove .venv, the tiny models, logs and caches

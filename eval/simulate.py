@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     for name in SHOWN:
         print(f"{name:28} {found['metrics'][name]}")
     if finished.dropped:
-        print(f"{finished.dropped} rows dropped: larger than 0.9 of the arena")
+        print(f"{finished.dropped} rows dropped: larger than this machine can hold")
     if options.json:
         options.json.write_bytes(written(finished, argv))
     return 0
@@ -76,8 +76,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     who.add_argument("--mix", metavar="NAME", help="MIX, SS, SL, LS, LL or a blend: SS:1+LL:3")
     add("--arrivals", default="lognormal:4", help=f"of a mix: {arrivals.HELP} (%(default)s)")
     add("--requests", type=int, metavar="N", help="the first N rows; of a mix 200")
+    add("--skip", type=int, default=0, metavar="N", help="rows of the trace before these")
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--load", type=float, metavar="X", help="times what `queue` drains")
+    when.add_argument("--rate", type=float, metavar="X", help="requests a second")
     when.add_argument("--speed", type=float, metavar="X", help="divides arrival times")
     add("--profile", required=True, help=f"one of {', '.join(hardware.names())}")
     add("--policy", required=True, help="orbitflow, orbitflow:no-pause, swap+order, static:2, …")
@@ -90,6 +92,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--arena-gb", type=float, metavar="X", help="instead of the profile's")
     add("--link-gb-per-s", type=float, metavar="X", help="instead of the profile's")
     add("--max-running", type=int, metavar="N", help="instead of the profile's")
+    add("--oversize", action="store_true", help="also requests larger than the arena")
     add("--planner-latency-ms", default="5", metavar="MS", help="or `measured` (%(default)s)")
     add("--link-jitter", type=float, default=0.0, metavar="SIGMA", help="of the log of its rate")
     add("--json", type=Path, metavar="OUT", help="metrics, rows and environment")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 REQUEST_KEY = "orbitflow"  # in custom_params
@@ -34,7 +35,7 @@ class SLO:
     tbt_s: float | None = None
     deposit: bool = False
 
-    @property
+    @cached_property  # asked for several times a step
     def pace_s(self) -> float | None:
         """Seconds between two due tokens: the smaller of the TPOT and TBT targets."""
         given = [target for target in (self.tpot_s, self.tbt_s) if target is not None]

@@ -1,4 +1,4 @@
-"""``make bench-live``: serving policies compared on real servers, in real time ("cpu-live").
+"""``make eval-live``: serving policies compared on real servers, in real time ("cpu-live").
 
 For every repeat, load and contestant a server is started, warmed up, given the same trace
 of requests as all the others, and stopped; one is alive at a time, in an order drawn anew for

@@ -17,8 +17,8 @@ from orbitflow_sglang.planner.modes import find_mode
 from orbitflow_sglang.planner.policies import BoolArray, fit, make_policy
 from orbitflow_sglang.planner.problem import PlanningProblem, Unit
 
-UNIFORM = "paper-uniform"
-PLACED = ("flexgen", "select-n", "distn-single", "next-layer")
+UNIFORM, REQUEST_WISE = "paper-uniform", "paper-request-wise"
+PLACED = (REQUEST_WISE, "flexgen", "select-n", "distn-single", "next-layer")
 
 
 def find(name: str) -> PolicySpec:
@@ -86,9 +86,12 @@ class Placing:
             layer_compute_s=self._step_s(len(jobs), tokens) / machine.layers,
             page_transfer_s=self._page_transfer_s,
             units=tuple(Unit(job.rid, int(count)) for job, count in zip(jobs, pages, strict=True)),
-            mode=self._name,
+            mode="paper" if self._name == REQUEST_WISE else self._name,
             ring_pages=machine.ring_pages,
             average_pages_per_layer=self._seen_pages / max(1, self._seen),
         )
-        offloaded: BoolArray = find_mode(self._name)(problem).offloaded > 0
+        plan = find_mode(problem.mode)(problem)
+        if self._name == REQUEST_WISE and (plan.paused.any() or not plan.fits):
+            plan = find_mode("distn-single")(problem)
+        offloaded: BoolArray = plan.offloaded > 0
         return offloaded

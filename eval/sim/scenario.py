@@ -21,8 +21,9 @@ DRAINS_KEPT = 64
 class Scenario:
     """What a run depends on, and nothing else: equal scenarios have equal results.
 
-    Either ``trace`` or ``mix`` says who comes. ``load`` (a multiple of what `queue` drains)
-    or ``speed`` (a divisor of arrival times) says when; with neither, as the trace has it.
+    Either ``trace`` or ``mix`` says who comes. ``load`` (a multiple of what `queue` drains),
+    ``rate`` (requests a second) or ``speed`` (a divisor of arrival times) says when; with none,
+    as the trace has it.
     """
 
     profile: str
@@ -32,9 +33,11 @@ class Scenario:
     mix: str | None = None
     arrivals: str = "lognormal:4"
     requests: int | None = None  # the first so many; of a mix: 200
+    skip: int = 0  # rows of the trace before these
     load: float | None = None
+    rate: float | None = None
     speed: float | None = None
-    slo_scale: float = 2.0
+    slo_scale: float = 2.0  # TPOT target, in decode steps of a full arena
     ttft_slo_s: float | None = None  # None: of the profile
     paced: bool = False
     known_lengths: bool = False
@@ -42,6 +45,7 @@ class Scenario:
     arena_gb: float | None = None
     link_gb_per_s: float | None = None
     max_running: int | None = None
+    oversize: bool = False  # also those larger than the arena, as far as the host holds them
     planner_latency_s: float | None = 0.005
     link_jitter: float = 0.0
     cold: bool = False
@@ -109,30 +113,39 @@ class Run:
 
 def run(scenario: Scenario) -> Run:
     """Simulate ``scenario`` and check its books. Raises ``ValueError`` for a bad one."""
-    scenario.check()
-    trace, dropped = _requests(scenario)
-    rate = None
-    if scenario.load is not None:
-        rate = _drained(_bare(scenario))
-        trace = at_rate(trace, scenario.load * rate)
-    elif scenario.speed is not None:
-        trace = [replace(one, arrival_s=one.arrival_s / scenario.speed) for one in trace]
-    simulation = Simulation(
-        scenario.setup, scenario.policy, _promised(scenario, trace), scenario.seed
-    )
+    simulation = simulation_of(scenario)
     simulation.run()
     result.check(simulation)
-    return Run(scenario, simulation, dropped, rate)
+    rate = None if scenario.load is None else _drained(_bare(scenario))
+    return Run(scenario, simulation, _requests(scenario)[1], rate)
+
+
+def simulation_of(scenario: Scenario, kind: type[Simulation] = Simulation) -> Simulation:
+    """``scenario`` before its first step. Raises ``ValueError`` for a bad one."""
+    scenario.check()
+    trace, _ = _requests(scenario)
+    if scenario.load is not None:
+        trace = at_rate(trace, scenario.load * _drained(_bare(scenario)))
+    elif scenario.rate is not None:
+        trace = at_rate(trace, scenario.rate)
+    elif scenario.speed is not None:
+        trace = [replace(one, arrival_s=one.arrival_s / scenario.speed) for one in trace]
+    return kind(scenario.setup, scenario.policy, _promised(scenario, trace), scenario.seed)
 
 
 def _requests(scenario: Scenario) -> tuple[list[TraceRequest], int]:
-    """Who comes, and how many rows no memory could hold."""
+    """Who comes, and how many rows are too large for this machine."""
     if scenario.mix is not None:
         mix = mixes.find(scenario.mix)
         drawn = mixes.draw(mix, scenario.requests or 200, scenario.arrivals, scenario.seed)
     else:
-        drawn = trace_file.load(scenario.trace or "")[: scenario.requests]
-    return trace_file.fitting(drawn, scenario.machine.arena_tokens * 9 // 10)
+        rows = trace_file.load(scenario.trace or "")[scenario.skip :]
+        drawn = rows[: scenario.requests]
+    machine = scenario.machine
+    most = machine.arena_tokens * 9 // 10
+    if scenario.oversize:
+        most += machine.host_pages // machine.layers * machine.page_size
+    return trace_file.fitting(drawn, most)
 
 
 def _promised(scenario: Scenario, trace: Sequence[TraceRequest]) -> list[TraceRequest]:
@@ -168,8 +181,10 @@ def _bare(scenario: Scenario) -> Scenario:
         mix=scenario.mix,
         arrivals=scenario.arrivals,
         requests=scenario.requests,
+        skip=scenario.skip,
         arena_gb=scenario.arena_gb,
         link_gb_per_s=scenario.link_gb_per_s,
         max_running=scenario.max_running,
+        oversize=scenario.oversize,
         known_lengths=True,
     )

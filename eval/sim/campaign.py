@@ -1,0 +1,163 @@
+"""``make eval-full``: every run of the evaluation, kept as it comes.
+
+It takes hours and can be stopped at any time: a run is done again only when its scenario, or
+code that its result depends on, has changed. Finished studies are written compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from eval.bench.measure import QUICK_RESULTS, ROOT, write_result
+from eval.sim import studies
+from eval.sim.scenario import Scenario, run
+
+RESULTS = ROOT / "eval" / "results" / "sim"
+UNFINISHED = ROOT / ".cache" / "eval" / "sim"
+SIMULATOR = ("engine", "hardware", "job", "memory", "policies", "result", "scenario", "sglang",
+             "worker")  # fmt: skip
+DECISIVE = (  # what results depend on
+    *("orbitflow_sglang/control/*.py", "orbitflow_sglang/planner/*.py", "orbitflow_sglang/slo.py"),
+    *(f"eval/sim/{module}.py" for module in SIMULATOR),
+    *("eval/metrics.py", "eval/sim/profiles.json", "eval/workload/*.py", "eval/traces/*.gz"),
+)
+Row = dict[str, Any]
+
+
+@cache
+def code_hash() -> str:
+    """Of all files that a result depends on."""
+    digest = hashlib.sha256()
+    for pattern in DECISIVE:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def key_of(scenario: dict[str, Any]) -> str:
+    """Names a scenario, whatever the code."""
+    return hashlib.sha256(orjson.dumps(scenario, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def row_of(scenario: Scenario) -> Row:
+    """One finished run as it is kept: its metrics, and a hash of its requests' rows."""
+    finished = run(scenario).as_dict()
+    rows = orjson.dumps(finished.pop("rows"))
+    return finished | {"rows_sha256": hashlib.sha256(rows).hexdigest(), "code": code_hash()}
+
+
+def read(path: Path) -> list[Row]:
+    """The runs in a file; none if there is none."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()
+    return [orjson.loads(line) for line in lines]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """The runs, sorted by scenario; equal runs make equal files."""
+    lines = sorted(orjson.dumps(row, option=orjson.OPT_SORT_KEYS) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
+
+
+def finish(study: str, scenarios: Sequence[Scenario], folder: Path, workers: int) -> list[Row]:
+    """All runs of a study: those there are, and the rest now."""
+    part, whole = UNFINISHED / f"{study}.jsonl", folder / f"{study}.jsonl.gz"
+    known = {
+        key_of(row["scenario"]): row
+        for row in (*read(whole), *read(part))
+        if row["code"] == code_hash()
+    }
+    wanted = {key_of(scenario.as_dict()): scenario for scenario in scenarios}
+    missing = [scenario for key, scenario in wanted.items() if key not in known]
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("ab") as file:
+        for row in _progress(study, _run_all(missing, workers), len(missing)):
+            known[key_of(row["scenario"])] = row
+            file.write(orjson.dumps(row) + b"\n")
+            file.flush()
+    found = [known[key] for key in wanted]
+    write(whole, found)
+    part.unlink()
+    return found
+
+
+def _run_all(scenarios: Sequence[Scenario], workers: int) -> Iterator[Row]:
+    """Rows as they come, in any order. Runs of one workload go to one process, one behind the
+    other, so that its load 1 is found once."""
+    groups: dict[tuple[Any, ...], list[Scenario]] = {}
+    for scenario in scenarios:
+        which = (scenario.profile, scenario.mix, scenario.trace, scenario.seed, scenario.skip,
+                 scenario.arena_gb, scenario.arrivals)  # fmt: skip
+        groups.setdefault(which, []).append(scenario)
+    with ProcessPoolExecutor(workers) as pool:
+        waiting = [pool.submit(_rows, group) for group in groups.values()]
+        for done in as_completed(waiting):
+            yield from done.result()
+
+
+def _rows(scenarios: Sequence[Scenario]) -> list[Row]:
+    # HiGHS prints to file descriptor 1 now and then.
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        return [row_of(scenario) for scenario in scenarios]
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _progress(study: str, rows: Iterator[Row], total: int) -> Iterator[Row]:
+    begun = time.monotonic()
+    for done, row in enumerate(rows, start=1):
+        yield row
+        spent = time.monotonic() - begun
+        left = spent / done * (total - done)
+        bar = "#" * (30 * done // total)
+        end = "\n" if done == total else ""
+        print(f"\r{study:10} [{bar:30}] {done}/{total}, {left / 60:4.0f} min left",
+              end=end, flush=True)  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sim.campaign", description=(__doc__ or "").replace("``", "")
+    )
+    add = parser.add_argument
+    add("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(studies.STUDIES)} (all)")
+    add("--quick", action="store_true", help="a smoke run of under a minute, and its report")
+    add("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(argv)
+    unknown = set(options.studies) - set(studies.STUDIES)
+    if unknown:
+        parser.error(f"no such study: {', '.join(sorted(unknown))}")
+    if options.quick:
+        from eval.sim import report
+
+        folder = QUICK_RESULTS / "sim"
+        rows = finish("quick", list(studies.quick()), folder, options.workers)
+        print(report.comparison(rows, studies.OURS[0]))
+        return 0
+    for name in options.studies or studies.STUDIES:
+        finish(name, list(studies.STUDIES[name]()), RESULTS, options.workers)
+    write_result(RESULTS / "runs.json", argv, {"code": code_hash(), "seeds": list(studies.SEEDS)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

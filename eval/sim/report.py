@@ -1,0 +1,207 @@
+"""``make eval``: tables and figures from the committed runs, of which a sample is run again.
+
+Nothing in the report is typed in but the paper's own numbers: it is what the runs say, and it
+fails when one of the sample says something else by now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from eval.bench.measure import write_result
+from eval.sim import campaign, figures, studies
+from eval.sim.campaign import RESULTS, Row, key_of, row_of
+from eval.sim.scenario import Scenario
+from eval.sim.tables import Cells, cell_table, difference, grouped, mean, wide, worse
+
+SAMPLE = 40
+CLAIMS = (  # ours, the metric, and how it is said
+    ("orbitflow@paced", "good_requests", "good requests, clients asking for paced delivery"),
+    ("orbitflow", "good_requests_strict_generated", "strict as generated, without pacing"),
+)
+PAPER_ABLATION = (  # Fig. 14a as quoted in the method notes: TBT attainment at SLO scale 1, percent
+    ("one distance for all", 45.1, "paper-uniform", "paper_tbt_attainment"),
+    ("a distance for each request", 54.5, "paper-request-wise", "paper_tbt_attainment"),
+    ("and pauses", 71.0, "paper", "paper_tbt_attainment"),
+    ("and token deposit", 85.6, "paper", "paper_tbt_attainment_deposited"),
+)
+PAPER_COLUMNS = (
+    ("paper's TBT", "paper_tbt_attainment", 100, ".1f"),
+    ("deposited", "paper_tbt_attainment_deposited", 100, ".1f"),
+    ("TPOT", "paper_tpot_attainment", 100, ".1f"),
+    ("P95 TBT / SLO", "paper_p95_tbt_ratio", 1, ".2f"),
+    ("good", "good_requests", 100, ".1f"),
+    ("TBT", "tbt_attainment", 100, ".1f"),
+    ("tokens/s", "throughput_tokens_per_s", 1, ".0f"),
+    ("P95 TTFT s", "p95_ttft_s", 1, ".0f"),
+    ("P95 TBT s", "p95_tbt_s", 1, ".3f"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sim.report", description=(__doc__ or "").replace("``", "")
+    )
+    add = parser.add_argument
+    add("--results", type=Path, default=RESULTS, help="folder of the runs (%(default)s)")
+    add("--sample", type=int, default=SAMPLE, metavar="N", help="runs done again (%(default)s)")
+    add("--seed", type=int, default=0, help="of the sample (%(default)s)")
+    add("--no-figures", action="store_true")
+    options = parser.parse_args(argv)
+    found = {name: campaign.read(options.results / f"{name}.jsonl.gz") for name in studies.STUDIES}
+    every = [row for rows in found.values() for row in rows]
+    if not every:
+        print(f"{options.results} has no runs: make eval-full", file=sys.stderr)
+        return 1
+    differing = run_again(every, options.sample, options.seed)
+    for line in differing:
+        print(line, file=sys.stderr)
+    text = "\n".join(_report(found))
+    (options.results / "report.md").write_text(text, encoding="utf-8")
+    if not options.no_figures:
+        figures.draw(found, options.results)
+    write_result(
+        options.results / "report.json",
+        argv,
+        {"runs": len(every), "run_again": min(options.sample, len(every)), "differing": differing},
+    )
+    return 1 if differing else 0
+
+
+def run_again(rows: Sequence[Row], count: int, seed: int) -> list[str]:
+    """Runs a sample again; what differs from what is stored, in words."""
+    ordered = sorted(rows, key=lambda row: key_of(row["scenario"]))
+    sample = random.Random(seed).sample(ordered, min(count, len(ordered)))
+    scenarios = [Scenario(**row["scenario"]) for row in sample]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        again = list(pool.map(row_of, scenarios))
+    differing = []
+    for stored, fresh in zip(sample, again, strict=True):
+        parts = [part for part in ("metrics", "rows_sha256") if stored[part] != fresh[part]]
+        if parts:
+            scenario = stored["scenario"]
+            differing.append(f"differs in {', '.join(parts)}: {scenario}")
+    return differing
+
+
+def comparison(rows: Iterable[Row], baseline: str) -> str:
+    """A table for each cell of these runs."""
+    lines = []
+    for cell, methods in sorted(grouped(rows).items(), key=lambda one: one[0].name):
+        lines += [f"### {cell.name}", "", *cell_table(methods, baseline), ""]
+    return "\n".join(lines)
+
+
+# --- the report -----------------------------------------------------------------
+
+
+def _report(found: dict[str, list[Row]]) -> list[str]:
+    lines = [
+        "# Simulated evaluation",
+        "",
+        "Made by `make eval` from the runs beside this file; `docs/evaluation.md` says what the "
+        "numbers mean. Shares in percent. Differences are paired by seed, with 95 % intervals; "
+        "`~lengths` is told how long each answer will be, `@paced` asks for paced delivery.",
+        "",
+    ]
+    lines += _claims(found)
+    lines += _ablation(found["ablation"]) + _paper(found["paper"])
+    for name in ("mixes", "machines", "traces", "contexts", "modelling", "crossover"):
+        if found[name]:
+            lines += [f"## {name.capitalize()}", "", comparison(found[name], studies.OURS[0])]
+    return lines
+
+
+def _claims(found: dict[str, list[Row]]) -> list[str]:
+    """Where ours is not as good as another, first; then what was compared."""
+    rows = [row for name in ("mixes", "machines", "traces") for row in found[name]]
+    cells = grouped(rows)
+    lines = ["## Where it is not as good", ""]
+    for ours, metric, words in CLAIMS:
+        told = [name for name in studies.MAIN if name.endswith(studies.LENGTHS)]
+        others = [name for name in studies.MAIN if name not in (*told, *studies.OURS)]
+        lines += [f"### {ours}: {words}", ""]
+        failing = worse(cells, ours, metric, others)
+        compared = sum(len(set(others) & methods.keys()) for methods in cells.values())
+        lines += [
+            f"{compared} comparisons with methods that do not know output lengths, in "
+            f"{len(cells)} cells: {len(failing)} with an interval that reaches below -1 point.",
+            "",
+        ]
+        lines += _failing(failing)
+        known = worse(cells, ours, metric, told)
+        lines += [f"Against methods that are told output lengths, {len(known)}:", ""]
+        lines += _failing(known)
+        unsure = wide(cells, ours, metric)
+        if unsure:
+            lines += [f"In {len(unsure)} comparisons half the interval is above 3 points.", ""]
+    return lines
+
+
+def _failing(failing: Sequence[tuple[Any, str, Any]]) -> list[str]:
+    if not failing:
+        return []
+    lines = ["| cell | method | difference |", "|---|---|---:|"]
+    lines += [f"| {cell.name} | `{name}` | {paired.text()} |" for cell, name, paired in failing]
+    return [*lines, ""]
+
+
+def _ablation(rows: list[Row]) -> list[str]:
+    """What each rule brings: ours minus ours without it, in points of good requests."""
+    if not rows:
+        return []
+    lines = ["## What each rule brings", "", "Points of good requests (strict as generated).", ""]
+    cells = grouped(rows)
+    for ours in studies.OURS:
+        paced = studies.PACED if ours.endswith(studies.PACED) else ""
+        names = [f"orbitflow:no-{rule}{paced}" for rule in studies.RULES]
+        names = [name for name in names if any(name in methods for methods in cells.values())]
+        ordered = sorted(cells, key=lambda cell: cell.name)
+        head = [f"`{ours}` minus", *(cell.name for cell in ordered)]
+        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(ordered)]
+        for name in names:
+            values = []
+            for cell in ordered:
+                methods = cells[cell]
+                good, strict = (
+                    difference(methods[ours], methods[name], metric).text()
+                    for metric in ("good_requests", "good_requests_strict_generated")
+                )
+                values.append(f"{good} ({strict})")
+            lines.append(f"| `{name}` | " + " | ".join(values) + " |")
+        lines.append("")
+    return lines
+
+
+def _paper(rows: list[Row]) -> list[str]:
+    """The paper's ablation, and its definitions beside honest ones."""
+    if not rows:
+        return []
+    cells = grouped(rows)
+    lines = ["## The paper's setting", "", *_paper_ablation(cells)]
+    for cell, methods in sorted(cells.items(), key=lambda one: one[0].name):
+        lines += [f"### {cell.name}", ""]
+        lines += [*cell_table(methods, studies.OURS[0], PAPER_COLUMNS), ""]
+    return lines
+
+
+def _paper_ablation(cells: Cells) -> list[str]:
+    tight = [cell for cell in cells if "slo_scale 1.0" in cell.name]
+    lines = ["TBT attainment at SLO scale 1, in percent, in the paper's definition:", ""]
+    lines += ["| step | paper | " + " | ".join(cell.name for cell in tight) + " |"]
+    lines += ["|---|---:|" + "---:|" * len(tight)]
+    for step, theirs, name, metric in PAPER_ABLATION:
+        ours = [100 * mean(cells[cell][name], metric) for cell in tight]
+        lines.append(f"| {step} | {theirs} | " + " | ".join(f"{one:.1f}" for one in ours) + " |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

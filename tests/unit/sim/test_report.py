@@ -1,0 +1,142 @@
+"""Tables, intervals, the campaign's cache, and commands on what they are given."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+
+from eval import compare, simulate
+from eval.sim import campaign, report, studies, tables
+from eval.sim.scenario import Scenario, run
+
+pytestmark = pytest.mark.unit
+SMALL = Scenario("a5000-8b", "retract", mix="SS", load=1.0, requests=6)
+
+
+def row(policy: str, seed: int, good: float, **changes: object) -> campaign.Row:
+    scenario = replace(SMALL, policy=policy, seed=seed, **changes)  # type: ignore[arg-type]
+    return {"scenario": scenario.as_dict(), "metrics": {"good_requests": good}}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    ours = {seed: row("orbitflow", seed, good) for seed, good in ((1, 0.5), (2, 0.7), (3, 0.9))}
+    theirs = {seed: row("retract", seed, good) for seed, good in ((1, 0.4), (2, 0.6), (4, 0.0))}
+    found = tables.difference(ours, theirs, "good_requests")
+    assert (found.seeds, round(found.mean, 9)) == (2, 0.1)
+    assert found.half == pytest.approx(0.0, abs=1e-9)
+    # Student's interval of 0.1 and 0.3: mean 0.2, 12.706 x 0.1.
+    ours[2]["metrics"] = {"good_requests": 0.9}
+    found = tables.difference(ours, theirs, "good_requests")
+    assert (found.mean, found.half) == pytest.approx((0.2, 1.2706), rel=1e-4)
+    assert "tie" in found.text()
+
+
+def test_a_single_seed_says_nothing_for_sure() -> None:
+    found = tables.difference({1: row("orbitflow", 1, 1.0)}, {1: row("queue", 1, 0.0)},
+                              "good_requests")  # fmt: skip
+    assert math.isinf(found.half)
+
+
+def test_cells_are_what_methods_share() -> None:
+    rows = [
+        row(policy, seed, 0.5, load=load)
+        for policy in ("orbitflow", "queue")
+        for seed in (1, 2)
+        for load in (0.9, 1.2)
+    ]
+    cells = tables.grouped(rows)
+    assert {cell.name for cell in cells} == {f"a5000-8b, SS, load {load}" for load in (0.9, 1.2)}
+    assert all(set(methods) == {"orbitflow", "queue"} for methods in cells.values())
+
+
+def test_where_ours_is_worse_comes_with_the_interval() -> None:
+    rows = [row("orbitflow", seed, 0.5) for seed in (1, 2, 3)]
+    rows += [row("queue", seed, 0.6) for seed in (1, 2, 3)]
+    rows += [row("swap", seed, 0.4) for seed in (1, 2, 3)]
+    failing = tables.worse(tables.grouped(rows), "orbitflow", "good_requests")
+    assert [(name, round(paired.mean, 6)) for _, name, paired in failing] == [("queue", -0.1)]
+
+
+def test_methods_are_named_as_they_are_read() -> None:
+    for name in (*studies.MAIN, *studies.PAPERS):
+        assert studies.method_name(studies.method(SMALL, name)) == name
+
+
+def test_every_run_of_the_evaluation_can_be_run_and_is_listed_once() -> None:
+    for name, study in studies.STUDIES.items():
+        scenarios = list(study())
+        assert len(set(scenarios)) == len(scenarios), name
+        for scenario in scenarios:
+            scenario.check()
+            assert scenario.seed not in studies.TUNING_SEEDS or scenario.trace, name
+
+
+def test_a_campaign_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "UNFINISHED", tmp_path / "parts")
+    scenarios = [replace(SMALL, policy=policy) for policy in ("retract", "queue")]
+    first = campaign.finish("s", scenarios[:1], tmp_path, workers=1)
+    ran: list[Scenario] = []
+
+    def counted(missing: list[Scenario], workers: int) -> list[campaign.Row]:
+        ran.extend(missing)
+        return [campaign.row_of(scenario) for scenario in missing]
+
+    monkeypatch.setattr(campaign, "_run_all", counted)
+    both = campaign.finish("s", scenarios, tmp_path, workers=1)
+    assert ran == scenarios[1:]
+    assert both[0] == first[0]
+    assert len(campaign.read(tmp_path / "s.jsonl.gz")) == 2
+    monkeypatch.setattr(campaign, "code_hash", lambda: "changed")
+    campaign.finish("s", scenarios, tmp_path, workers=1)
+    assert ran[1:] == scenarios
+
+
+def test_a_stored_run_that_says_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = campaign.row_of(SMALL)
+    assert report.run_again([stored], count=5, seed=0) == []
+    stored["metrics"] = stored["metrics"] | {"good_requests": 0.123}
+    (line,) = report.run_again([stored], count=5, seed=0)
+    assert line.startswith("differs in metrics")
+
+
+def test_equal_scenarios_give_equal_bytes_whatever_hashing_and_threads(tmp_path: Path) -> None:
+    outputs = []
+    for number, threads in enumerate(("1", "2")):
+        environment = {"PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads}
+        path = tmp_path / f"{number}.json"
+        command = [sys.executable, "-m", "eval.simulate", "--mix", "MIX", "--load", "1.5",
+                   "--profile", "a5000-8b", "--policy", "orbitflow", "--requests", "12",
+                   "--paced", "--json", str(path)]  # fmt: skip
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        found = json.loads(path.read_text())
+        outputs.append(orjson.dumps([found["metrics"], found["rows"]]))
+    assert outputs[0] == outputs[1]
+
+
+def test_simulate_refuses_what_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--mix", "SS", "--profile", "a5000-8b", "--policy", "orbitflow"]
+    for change, text in (
+        (["--policy", "magic"], "unknown policy"),
+        (["--profile", "a100"], "unknown profile"),
+        (["--mix", "XX"], "unknown mix"),
+        (["--arrivals", "weekly"], "unknown arrival"),
+    ):
+        assert simulate.main([*base, *change]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_two_results_are_compared_request_by_request() -> None:
+    one = run(SMALL).as_dict()
+    other = run(replace(SMALL, policy="queue")).as_dict()
+    text = "\n".join(compare.compared(one, other))
+    assert "policy" in text and "good, second minus first: +0.0 points" in text
+    other["rows"] = []
+    with pytest.raises(ValueError, match="no request in common"):
+        compare.compared(one, other)
