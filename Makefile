@@ -16,7 +16,7 @@ STAMP := .venv/.set-up
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream \
-  bench-planner eval eval-quick eval-full eval-live clean
+  bench-planner eval eval-quick eval-full eval-live image-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -88,6 +88,9 @@ eval-full: setup ## every run of the simulated evaluation (hours; goes on where 
 
 eval-live: setup ## serving policies on real servers in real time (hours; --quick, --resume)
 	@$(OFFLINE) $(PY) -m eval.live.compare $(ARGS)
+
+image-test: setup ## build the CPU image without a container engine and ask it for tokens (root)
+	@sh docker/test_image.sh
 
 clean: ## remove .venv, the tiny models, logs and caches
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -6,6 +6,7 @@ Without ``--enable-orbitflow`` that is ``ServerArgs.add_cli_args`` and
 
 from __future__ import annotations
 
+import asyncio
 import os
 import traceback
 
@@ -38,11 +39,20 @@ def _register() -> None:
         return
     add_attention_backend_choices([ATTENTION_BACKEND])
     if role is None:
+        from orbitflow_sglang.engine import launcher
+
         hooks.register(hooks.ALWAYS)
+        launcher.explain_engine_arguments()
         if config is not None:  # an Engine built in Python, behind OrbitFlowConfig.export()
+            launcher.enable(config)
+        return
+    if role == hooks.TOKENIZER_WORKER:
+        if config is not None:
             from orbitflow_sglang.engine import launcher
 
-            launcher.enable(config)
+            hooks.register(hooks.REQUESTS)
+            # Behind this, when SGLang has applied the hooks of all plugins.
+            asyncio.get_running_loop().call_soon(launcher.verify_worker)
         return
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 

@@ -20,7 +20,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from orbitflow_sglang import SUPPORTED_SGLANG
+from orbitflow_sglang import SUPPORTED_SGLANG, patches
 from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError, OrbitFlowConfig
 from orbitflow_sglang.engine import hooks, profile_files, sizing
 
@@ -76,7 +76,6 @@ _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("use_ray", (False,), _PROCESS),
     ("smg_grpc_mode", (False,), _PROCESS),
     ("grpc_mode", (False,), _PROCESS),
-    ("tokenizer_worker_num", (1,), _PROCESS),
 )
 
 
@@ -142,6 +141,12 @@ def check_arguments(view: Any) -> None:
         if value not in accepted:
             given = "" if value is True else f" {value}"
             raise _refusal(f"--{field.replace('_', '-')}{given}", reason)
+    if view.tokenizer_worker_num != 1 and not patches.applied(patches.TOKENIZER_WORKERS):
+        raise ConfigError(
+            f"--enable-orbitflow does not support --tokenizer-worker-num "
+            f"{view.tokenizer_worker_num}: {_PROCESS}. Patch SGLang (python -m "
+            "orbitflow_sglang.patches apply), or leave the flag out"
+        )
     if view.device is not None and view.device.split(":")[0] != "cpu":
         raise ConfigError(
             f"--enable-orbitflow does not support --device {view.device} yet: the kernels that "

@@ -56,13 +56,19 @@ ALWAYS = (
         "sglang.srt.server_args.ServerArgs.from_cli_args", HookType.AROUND, "launcher:from_cli_args"
     ),
 )
-# Wrapped in the launcher once --enable-orbitflow has been seen.
-LAUNCHER = (
+# Wrapped in the detokenizer's process and in the launcher too, which may pickle anew what the
+# scheduler sent. What it carries is a report only, so nobody ends the server where the hook is
+# missing in the detokenizer.
+DETOKENIZER = (
     Hook(
-        "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__",
         HookType.AFTER,
-        "launcher:check_handshake",
+        "streaming:time_stats_state",
     ),
+)
+# Wrapped where requests come in and answers go out: in the launcher, or with
+# --tokenizer-worker-num in each worker, where a patched SGLang loads plugins.
+REQUESTS = (
     Hook(
         "sglang.srt.entrypoints.api_contract.generate_contract_error",
         HookType.AFTER,
@@ -86,15 +92,17 @@ LAUNCHER = (
     Hook(f"{_TOKENIZER}._handle_batch_output", HookType.AROUND, "streaming:handle_batch_output"),
     Hook(f"{_TOKENIZER}._stream_one_response", HookType.AROUND, "streaming:stream_one_response"),
 )
-# Wrapped in the detokenizer's process too, which may pickle anew what the scheduler sent. What
-# it carries is a report only, so nobody ends the server where the hook is missing there.
-DETOKENIZER = (
+# Wrapped in the launcher once --enable-orbitflow has been seen.
+LAUNCHER = (
     Hook(
-        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__",
+        "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
         HookType.AFTER,
-        "streaming:time_stats_state",
+        "launcher:check_handshake",
     ),
+    *REQUESTS,
+    *DETOKENIZER,
 )
+TOKENIZER_WORKER = "subprocess_started"  # uvicorn's function for its workers
 # Wrapped in the process that starts the schedulers of several replicas, and passes on requests.
 CONTROLLER = (
     Hook(f"{_CONTROLLER}.launch_dp_schedulers", HookType.BEFORE, "launcher:watch_schedulers"),

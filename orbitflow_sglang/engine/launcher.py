@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sglang.srt import server_args as sglang_arguments
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.utils import kill_process_tree
 
@@ -24,8 +26,34 @@ logger = logging.getLogger(__name__)
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
-    """After ``ServerArgs.add_cli_args``: our group of flags."""
-    config.add_arguments(parser)
+    """After ``ServerArgs.add_cli_args``: our group of flags; a patched SGLang has added it."""
+    if not declares_fields():
+        config.add_arguments(parser)
+
+
+def declares_fields() -> bool:
+    """Whether SGLang is patched to have our flags as fields of its ``ServerArgs``."""
+    return getattr(sglang_arguments, "orbitflow_fields", None) is not None
+
+
+def explain_engine_arguments() -> None:
+    """Have an unpatched ``sgl.Engine`` say how it can take our arguments, not only that it
+    cannot: hooks reach no constructor of its record, so its class is asked for in their place."""
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is None or declares_fields():
+        return
+    original = engine.Engine.server_args_class
+
+    def construct(**kwargs: Any) -> Any:
+        ours = [name for name in kwargs if name.startswith(("enable_orbitflow", "orbitflow_"))]
+        if ours:
+            raise config.ConfigError(
+                f"sgl.Engine takes {ours[0]} only from a patched SGLang: run `python -m "
+                "orbitflow_sglang.patches apply`, or call OrbitFlowConfig(...).export() before"
+            )
+        return original(**kwargs)
+
+    engine.Engine.server_args_class = staticmethod(construct)
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, namespace: argparse.Namespace) -> Any:
@@ -89,10 +117,23 @@ def check_handshake(result: Any, *args: Any, **kwargs: Any) -> None:
         )
 
 
+# --- in a worker of --tokenizer-worker-num ---------------------------------------
+
+
+def verify_worker() -> None:
+    """End the server unless this worker checks and paces requests as the others do."""
+    try:
+        hooks.verify(hooks.REQUESTS)
+    except SystemExit as error:
+        logger.error("OrbitFlow: %s", error)
+        # Its supervisor would start another worker, and another.
+        kill_process_tree(os.getppid())
+
+
 # --- in the process of the data-parallel controller ----------------------------
 
 
-def watch_schedulers(controller: Any, server_args: Any, port_args: Any) -> None:
+def watch_schedulers(dp_controller: Any, server_args: Any, port_args: Any) -> None:
     """Before ``launch_dp_schedulers``: a scheduler that ends before it is ready ends the server.
 
     The controller would wait forever for its report.
@@ -100,24 +141,24 @@ def watch_schedulers(controller: Any, server_args: Any, port_args: Any) -> None:
 
     def watch() -> None:
         while not _ready.wait(0.5):
-            for scheduler in list(controller.scheduler_procs):
-                if scheduler.exitcode is not None:
+            for process in list(dp_controller.scheduler_procs):
+                if process.exitcode is not None:
                     logger.error(
                         "OrbitFlow: scheduler %d ended with status %s before it was ready; its "
-                        "log above says why", scheduler.pid, scheduler.exitcode,
+                        "log above says why", process.pid, process.exitcode,
                     )  # fmt: skip
                     os._exit(1)  # the launcher sees that, and the other schedulers too
 
     threading.Thread(target=watch, name="orbitflow-watch", daemon=True).start()
 
 
-def controller_init_info(info: dict[str, Any], controller: Any) -> dict[str, Any]:
+def controller_init_info(info: dict[str, Any], dp_controller: Any) -> dict[str, Any]:
     """After ``DataParallelController.get_init_info``: what all schedulers said, for the launcher.
 
     SGLang passes on what the replicas agree on, and nothing of what plugins add.
     """
     hooks.verify(hooks.CONTROLLER)
     _ready.set()
-    found = controller._scheduler_init_infos
-    expected = controller.launch_dp_size
+    found = dp_controller._scheduler_init_infos
+    expected = dp_controller.launch_dp_size
     return {**info, HANDSHAKE: len(found) >= expected and all(i.get(HANDSHAKE) for i in found)}

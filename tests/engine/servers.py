@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -58,12 +58,15 @@ def orbitflow_args(style: str, *extra: str) -> list[str]:
     return stock_args(build(MODELS[style]), "--enable-orbitflow", *extra)
 
 
-def run_python(*args: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *args: str, timeout_s: float = 240, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """``python ARGS`` in a process of its own, on the CPU platform; the caller judges it."""
+    cleaned = {k: v for k, v in os.environ.items() if k != CONFIG_ENV}
     return subprocess.run(
         [sys.executable, *args],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != CONFIG_ENV} | dict(CPU_ENV),
+        env=cleaned | dict(CPU_ENV) | dict(env or {}),
         capture_output=True,
         text=True,
         timeout=timeout_s,

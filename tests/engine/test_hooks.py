@@ -28,7 +28,13 @@ ALWAYS = {
 }
 OPENAI = "sglang.srt.entrypoints.openai"
 TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+DETOKENIZER = {
+    "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
+        "streaming.time_stats_state"
+    ),
+}
 LAUNCHER = {
+    **DETOKENIZER,
     "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": "launcher.check_handshake",
     "sglang.srt.entrypoints.api_contract.generate_contract_error": (
         "requests.generate_contract_error"
@@ -58,11 +64,6 @@ METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 RETRACT = "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode"
-DETOKENIZER = {
-    "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
-        "streaming.time_stats_state"
-    ),
-}
 SCHEDULER = {
     f"{CONFIGURATOR}.config_from_budget": "memory.config_from_budget",
     f"{CONFIGURATOR}.resolve_max_num_reqs": "memory.resolve_max_num_reqs",

@@ -15,7 +15,7 @@ from servers import run_python
 
 from eval.server import Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
-from orbitflow_sglang import SUPPORTED_SGLANG
+from orbitflow_sglang import SUPPORTED_SGLANG, patches
 from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError
 
 # Of a server that works; each test changes one of them.
@@ -25,6 +25,7 @@ ACCEPTED: dict[str, Any] = {
     "prefill_attention_backend": None,
     "decode_attention_backend": None,
     "chunked_prefill_size": 4096,
+    "tokenizer_worker_num": 1,
 }
 # A value that each rule refuses. In words of our own, and with all of them, so that a rule
 # that goes missing is noticed.
@@ -68,7 +69,6 @@ REFUSED: dict[str, Any] = dict.fromkeys(SWITCHES, True) | {
     "kv_cache_dtype": "fp8_e4m3",
     "radix_cache_backend": "other",
     "dllm_algorithm": "LowConfidence",
-    "tokenizer_worker_num": 2,
 }
 
 
@@ -109,6 +109,19 @@ def test_each_rule_refuses_with_flag_reason_and_fix(compat: ModuleType, field: s
     assert refusal_of(compat, **{field: value}) == (
         f"--enable-orbitflow does not support {given}: {reason}. Leave out one of the two"
     )
+
+
+def test_workers_of_the_tokenizer_are_refused_without_the_patch(
+    compat: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "applied", lambda name: False)
+    assert refusal_of(compat, tokenizer_worker_num=2) == (
+        "--enable-orbitflow does not support --tokenizer-worker-num 2: SGLang does not load "
+        "plugins in the processes that it starts. Patch SGLang (python -m "
+        "orbitflow_sglang.patches apply), or leave the flag out"
+    )
+    monkeypatch.setattr(patches, "applied", lambda name: name == patches.TOKENIZER_WORKERS)
+    compat.check_arguments(view(compat, tokenizer_worker_num=2))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "xpu"])

@@ -1,0 +1,77 @@
+"""What the wheel has inside, and that the documents and images agree with the project."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from orbitflow_sglang import SUPPORTED_SGLANG
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = ("orbitflow_sglang", "patches", "docs/grafana")  # what a wheel is made of
+SHIPPED = {"patches": "orbitflow_sglang/_patches", "docs/grafana": "orbitflow_sglang/_grafana"}
+
+
+def test_the_wheel_has_every_module_patch_and_dashboard(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in BUILT:
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path)]
+    done = subprocess.run([*build, str(source)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {path.relative_to(source).as_posix()
+              for path in (source / "orbitflow_sglang").rglob("*.py")}  # fmt: skip
+    for folder, place in SHIPPED.items():
+        files = [path for path in (source / folder).rglob("*.*") if path.suffix != ".md"]
+        wanted |= {f"{place}/{path.relative_to(source / folder).as_posix()}" for path in files}
+    assert inside == wanted
+
+
+def test_images_are_short_unprivileged_and_of_the_supported_version() -> None:
+    for name in ("Dockerfile", "Dockerfile.cpu"):
+        text = (ROOT / "docker" / name).read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 30
+        for instruction in ("ARG BASE=", "FROM ${BASE}", "USER orbitflow", "HEALTHCHECK",
+                            "--enable-orbitflow", "docker/install.sh"):  # fmt: skip
+            assert instruction in text, (name, instruction)
+    assert f"sglang:v{SUPPORTED_SGLANG}" in (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
+
+
+def test_everything_that_the_image_needs_is_sent_to_its_build() -> None:
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for path in (*BUILT, "pyproject.toml", "README.md", "LICENSE", "requirements", "docker"):
+        assert f"!{path}" in allowed
+    script = (ROOT / "docker/install.sh").read_text(encoding="utf-8")
+    torch = re.search(r"torch==[\d.]+", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert torch and torch[0] in script
+    assert subprocess.run(["sh", "-n", str(ROOT / "docker/install.sh")]).returncode == 0
+    assert subprocess.run(["sh", "-n", str(ROOT / "docker/test_image.sh")]).returncode == 0
+
+
+def test_development_tools_are_pinned_alike_in_both_places() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = (ROOT / "requirements/dev.txt").read_text(encoding="utf-8").splitlines()
+    assert set(project["optional-dependencies"]["dev"]) <= set(pinned)
+
+
+def test_make_targets_of_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        used = re.findall(
+            r"`make (?:-s )?([a-z-]+)|^make ([a-z-]+)", path.read_text(), re.MULTILINE
+        )
+        named = {one or other for one, other in used}
+        assert named <= targets, (path.name, named - targets)
