@@ -16,8 +16,13 @@ from orbitflow_sglang import SUPPORTED_SGLANG
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).resolve().parents[2]
-BUILT = ("orbitflow_sglang", "patches", "docs/grafana")  # what a wheel is made of
-SHIPPED = {"patches": "orbitflow_sglang/_patches", "docs/grafana": "orbitflow_sglang/_grafana"}
+BUILT = ("orbitflow_sglang", "patches", "kernels", "docs/grafana")  # what a wheel is made of
+SHIPPED = {
+    "patches": "orbitflow_sglang/_patches",
+    "kernels": "orbitflow_sglang/_kernels",
+    "docs/grafana": "orbitflow_sglang/_grafana",
+}
+SOURCES = ("*.patch", "*.json", "*.cu", "*.py")
 
 
 def test_the_wheel_has_every_module_patch_and_dashboard(tmp_path: Path) -> None:
@@ -35,7 +40,7 @@ def test_the_wheel_has_every_module_patch_and_dashboard(tmp_path: Path) -> None:
     wanted = {path.relative_to(source).as_posix()
               for path in (source / "orbitflow_sglang").rglob("*.py")}  # fmt: skip
     for folder, place in SHIPPED.items():
-        files = [*(source / folder).rglob("*.patch"), *(source / folder).rglob("*.json")]
+        files = [path for kind in SOURCES for path in (source / folder).rglob(kind)]
         wanted |= {f"{place}/{path.relative_to(source / folder).as_posix()}" for path in files}
     assert inside == wanted
 
