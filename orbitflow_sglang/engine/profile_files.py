@@ -11,12 +11,11 @@ from pathlib import Path
 
 import orjson
 
+from orbitflow_sglang.caching import cache_folder
 from orbitflow_sglang.config import ConfigError, flag
 from orbitflow_sglang.planner.cost_model import Profile
 
 logger = logging.getLogger(__name__)
-
-CACHE_ENV = "ORBITFLOW_CACHE_DIR"
 
 
 def read_given(path: str, layers: int, page_bytes: int | None = None) -> Profile:
@@ -45,18 +44,6 @@ def mismatch(profile: Profile, layers: int, page_bytes: int | None) -> str | Non
     if page_bytes is not None and profile.page_bytes != page_bytes:
         return f"its pages have {profile.page_bytes} bytes, and here they have {page_bytes}"
     return None
-
-
-def cache_folder() -> Path:
-    """Where measured profiles are kept.
-
-    ``$ORBITFLOW_CACHE_DIR``, else ``$XDG_CACHE_HOME/orbitflow_sglang``, else
-    ``~/.cache/orbitflow_sglang``.
-    """
-    if own := os.environ.get(CACHE_ENV):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(shared) / "orbitflow_sglang"
 
 
 def cache_file(key: Mapping[str, object]) -> Path:

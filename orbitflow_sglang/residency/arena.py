@@ -56,7 +56,7 @@ class Arena:
         self.stride = 1 + extents  # one for padding
         self.ring_start = self.layers + capacity.main_pages
         self.num_pages = self.layers + capacity.arena_pages
-        self.k, self.v = layout.empty(self.num_pages, device, False)
+        self.k, self.v = layout.empty(self.num_pages, device)
         # Padding tokens write, and masked lanes may read, the first extent.
         self.k[self.padding_pages] = 0
         self.v[self.padding_pages] = 0
@@ -143,6 +143,13 @@ class Arena:
         whole = np.flatnonzero(np.bincount(extent[in_extents]) == self.layers)
         self._extents.push(whole[::-1])
         self._singles.push(singles[~np.isin(extent, whole)])
+
+    def write(
+        self, slots: torch.Tensor, rows: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Store new K and V at token ``slots``: all ``rows`` of them, or those given."""
+        for new, pages in ((k, self.k), (v, self.v)):
+            pages.view(-1, *pages.shape[2:])[slots] = new if rows is None else new[rows]
 
     def layer_view(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V seen by ``layer`` when pages are named by the start of their extent."""

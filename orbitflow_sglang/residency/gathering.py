@@ -7,6 +7,8 @@ neighbours, so what stays on the device is gathered again, a little at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -28,9 +30,12 @@ class Gathering:
     page that is gathered stays so, and only pages in no extent ever move.
     """
 
-    def __init__(self, table: PageTable, arena: Arena) -> None:
+    def __init__(
+        self, table: PageTable, arena: Arena, compute: Callable[[Callable[[], None]], None]
+    ) -> None:
         self._table = table
         self._arena = arena
+        self._compute = compute
         # Of each arena page: flat index of the (layer, page) that may be moved from it,
         # ``FREE`` or ``NOBODY``; filled in for one call only, like the next one.
         self._owner = np.full(arena.ring_start, NOBODY, dtype=np.int64)
@@ -101,6 +106,10 @@ class Gathering:
         device = self._arena.k.device
         target = torch.from_numpy(changed.astype(np.int64)).to(device)
         source = torch.from_numpy(self._content[changed]).to(device)
-        for tensor in (self._arena.k, self._arena.v):
-            tensor[target] = tensor[source]  # read whole before any of it is written
+
+        def move() -> None:
+            for tensor in (self._arena.k, self._arena.v):
+                tensor[target] = tensor[source]  # read whole before any of it is written
+
+        self._compute(move)
         self._content[changed] = changed

@@ -18,9 +18,10 @@ RUN_PAGES = 16  # pages a group: the run one stream fills before it takes anothe
 class HostStore:
     """Tensors and a free map. Page ids run from 0 to ``num_pages - 1``."""
 
-    def __init__(self, layout: KVLayout, num_pages: int, pinned: bool) -> None:
+    def __init__(self, layout: KVLayout, num_pages: int, pinned_for: str | None = None) -> None:
+        """``pinned_for``: the GPU that copies from and to it."""
         self.num_pages = num_pages
-        self.k, self.v = layout.empty(num_pages, "cpu", pinned)
+        self.k, self.v = layout.empty(num_pages, "cpu", pinned_for)
         self.reset()
 
     def reset(self) -> None:

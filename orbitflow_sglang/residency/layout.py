@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from orbitflow_sglang.residency.host_memory import pinned_tensor
+
 
 @dataclass(frozen=True)
 class KVLayout:
@@ -33,17 +35,19 @@ class KVLayout:
         """Pages that ``tokens`` tokens of one request take in one layer."""
         return math.ceil(tokens / self.page_size)
 
-    def empty(self, pages: int, device: str, pinned: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised K and V of ``pages`` pages, ``[pages, page_size, kv_heads, dim]``."""
-        k, v = (
-            torch.empty(
-                (pages, self.page_size, self.kv_heads, dim),
-                dtype=self.dtype,
-                device=device,
-                pin_memory=pinned,
-            )
-            for dim in (self.head_dim, self.v_head_dim)
-        )
+    def empty(
+        self, pages: int, device: str, pinned_for: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised K and V of ``pages`` pages, ``[pages, page_size, kv_heads, dim]``; host
+        memory may be pinned for a GPU."""
+        shapes = [
+            (pages, self.page_size, self.kv_heads, dim) for dim in (self.head_dim, self.v_head_dim)
+        ]
+        if pinned_for is None:
+            k, v = (torch.empty(shape, dtype=self.dtype, device=device) for shape in shapes)
+        else:
+            gpu = torch.device(pinned_for)
+            k, v = (pinned_tensor(shape, self.dtype, gpu) for shape in shapes)
         return k, v
 
 

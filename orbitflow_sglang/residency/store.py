@@ -19,6 +19,7 @@ from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.ahead import Arrivals
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
+from orbitflow_sglang.residency.engines import engine_for
 from orbitflow_sglang.residency.gathering import Gathering
 from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
@@ -26,7 +27,6 @@ from orbitflow_sglang.residency.page_table import PageState, PageTable, whole_pa
 from orbitflow_sglang.residency.reading import Reading
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
-from orbitflow_sglang.residency.transfer import CPUTransferEngine
 from orbitflow_sglang.residency.write_backs import WriteBacks
 
 __all__ = ["NO_PAGES", "LayerPass", "ResidencyStore", "Step"]
@@ -45,6 +45,8 @@ class ResidencyStore:
     ``ResidencyError`` where a copy has failed.
     """
 
+    new_engine = staticmethod(engine_for)
+
     def __init__(
         self,
         layout: KVLayout,
@@ -57,9 +59,9 @@ class ResidencyStore:
         self.capacity = capacity
         self.arena = Arena(layout, capacity, device)
         self.table = PageTable(layout.layers, capacity.logical_pages, self.arena.stride)
-        self.host = HostStore(layout, capacity.host_pages, pinned=device != "cpu")
-        self._gathering = Gathering(self.table, self.arena)
-        self.engine = CPUTransferEngine(self.arena, self.host, link_bytes_per_s)
+        self.host = HostStore(layout, capacity.host_pages, None if device == "cpu" else device)
+        self.engine = self.new_engine(self.arena, self.host, link_bytes_per_s)
+        self._gathering = Gathering(self.table, self.arena, self.engine.compute)
         self.ring = self._new_ring()
         self.arrivals = self._no_arrivals()
         self._in_lockstep = in_lockstep
@@ -253,8 +255,7 @@ class ResidencyStore:
         if self._some_away:
             rows = torch.from_numpy(np.flatnonzero(places >= 0))
             slots = slots[rows]
-        for new, arena in ((k, self.arena.k), (v, self.arena.v)):
-            arena.view(-1, *arena.shape[2:])[slots] = new if rows is None else new[rows]
+        self.engine.compute(lambda: self.arena.write(slots, rows, k, v))
         if len(step.new_full):
             self._write_through(step, layer, k, v)
 

@@ -41,25 +41,40 @@ class LinkStats:
         self.busy_s += busy_s
 
 
-class Transfer:
+class Transfer(ABC):
     """A copy under way. Its source may be read and its target is not valid until it ends."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether the copy has ended well; raises ``ResidencyError`` if it failed."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """What compute is asked for from now on comes behind the copy; raises
+        ``ResidencyError`` if it failed. The caller is only held up where it computes itself."""
+
+
+class HostTransfer(Transfer):
+    """A copy by this process."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
         self._ended = threading.Event()
         self._ready_s = 0.0  # when its bytes are across
         self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
-        """Whether the copy has ended well; raises ``ResidencyError`` if it failed."""
         if not self._ended.is_set() or time.perf_counter() < self._ready_s:
             return False
         self.wait()
         return True
 
     def wait(self) -> None:
-        """Block until the copy has ended; raises ``ResidencyError`` if it failed."""
         self._ended.wait()
         if self._error is not None:
             raise ResidencyError("a KV page transfer failed") from self._error
@@ -97,6 +112,10 @@ class TransferEngine(ABC):
         Page i is the ``page_size`` rows from ``first_rows[i]``. The tensors have the
         store's dtype; they stay alive, and must not be written, until the copy ends.
         """
+
+    def compute(self, work: Callable[[], None]) -> None:
+        """Have ``work``, which writes or reads the arena, done in the order of these calls."""
+        work()
 
     @abstractmethod
     def drain(self) -> None:
@@ -214,14 +233,14 @@ class _CopyThread:
 
     def __init__(self, name: str) -> None:
         self.stats = LinkStats()
-        self._queue: queue.SimpleQueue[tuple[Callable[[], None], Transfer] | None]
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], HostTransfer] | None]
         self._queue = queue.SimpleQueue()
-        self._last: Transfer | None = None
+        self._last: HostTransfer | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, copy: Callable[[], None], nbytes: int) -> Transfer:
-        self._last = Transfer(nbytes)
+        self._last = HostTransfer(nbytes)
         self._queue.put((copy, self._last))
         return self._last
 
@@ -254,10 +273,10 @@ class _EmulatedLink:
         self.stats = LinkStats()
         self._bytes_per_s = bytes_per_s
         self._free_s = 0.0  # when the bytes submitted so far are across
-        self._last: Transfer | None = None
+        self._last: HostTransfer | None = None
 
     def submit(self, copy: Callable[[], None], nbytes: int) -> Transfer:
-        self._last = transfer = Transfer(nbytes)
+        self._last = transfer = HostTransfer(nbytes)
         begin_s = max(self._free_s, time.perf_counter())
         error, copied_s = _timed(copy)
         link_s = max(copied_s, nbytes / self._bytes_per_s)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from orbitflow_sglang.caching import CACHE_ENV, cache_folder
 from orbitflow_sglang.config import ConfigError
-from orbitflow_sglang.engine import profile_files
 from orbitflow_sglang.engine.profile_files import (
     cache_file,
-    cache_folder,
     read_cached,
     read_given,
     write_cached,
@@ -158,4 +157,4 @@ def test_a_given_profile_must_be_of_this_model(tmp_path: Path) -> None:
 
 
 def test_the_variable_is_the_one_that_is_documented() -> None:
-    assert profile_files.CACHE_ENV in str(profile_files.cache_folder.__doc__)
+    assert CACHE_ENV in str(cache_folder.__doc__)

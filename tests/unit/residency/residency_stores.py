@@ -11,7 +11,7 @@ import torch
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
 from orbitflow_sglang.residency.store import ResidencyStore
-from orbitflow_sglang.residency.transfer import LinkStats, Transfer
+from orbitflow_sglang.residency.transfer import HostTransfer, LinkStats
 
 
 def layout(layers: int = 3, page_size: int = 2) -> KVLayout:
@@ -49,9 +49,9 @@ class LazyQueue:
 
     def __init__(self) -> None:
         self.stats = LinkStats()
-        self._jobs: deque[tuple[Callable[[], None], Transfer]] = deque()
+        self._jobs: deque[tuple[Callable[[], None], HostTransfer]] = deque()
 
-    def submit(self, copy: Callable[[], None], nbytes: int) -> Transfer:
+    def submit(self, copy: Callable[[], None], nbytes: int) -> HostTransfer:
         transfer = _LazyTransfer(nbytes, self)
         self._jobs.append((copy, transfer))
         return transfer
@@ -71,7 +71,7 @@ class LazyQueue:
         self.drain()
 
 
-class _LazyTransfer(Transfer):
+class _LazyTransfer(HostTransfer):
     def __init__(self, nbytes: int, link: LazyQueue) -> None:
         super().__init__(nbytes)
         self._link = link

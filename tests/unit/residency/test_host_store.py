@@ -7,7 +7,7 @@ from orbitflow_sglang.residency.host_store import RUN_PAGES, HostStore
 
 
 def make_host(groups: int = 4, rest: int = 0) -> HostStore:
-    return HostStore(layout(), groups * RUN_PAGES + rest, pinned=False)
+    return HostStore(layout(), groups * RUN_PAGES + rest)
 
 
 def test_streams_stay_contiguous() -> None:

@@ -150,8 +150,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(h2d=st.integers(0, 5), d2h=st.integers(0, 5))
     def copies_go_on(self, h2d: int, d2h: int) -> None:
-        advance(self.store, h2d, d2h)
+        self._advance(h2d, d2h)
         time.sleep(0.0005)
+
+    def _advance(self, h2d: int, d2h: int) -> None:
+        advance(self.store, h2d, d2h)
 
     @invariant()
     def nothing_violated(self) -> None:
@@ -368,12 +371,16 @@ class StoreMachine(RuleBasedStateMachine):
         k, v = vectors(layer, numbers)
         if uniform:
             starts = self.store.table.extent[slots // size].astype(np.int64)
-            where = torch.from_numpy(starts * size + slots % size)
-            for new, arena in zip((k, v), self.store.arena.layer_view(layer), strict=True):
-                arena.view(-1, *arena.shape[2:])[where] = new
+            self._uniform_write(layer, torch.from_numpy(starts * size + slots % size), k, v)
         else:
             self.store.write(layer, k, v)
         self.numbers[layer, slots // size, slots % size] = numbers
+
+    def _uniform_write(
+        self, layer: int, where: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        for new, arena in zip((k, v), self.store.arena.layer_view(layer), strict=True):
+            arena.view(-1, *arena.shape[2:])[where] = new
 
     def _uniform_part(self, layer: int, step: Step) -> LayerPass:
         k, v = self.store.arena.layer_view(layer)

@@ -23,7 +23,7 @@ LAYOUT = KVLayout(2, SIZE, 2, head_dim=4, v_head_dim=6, dtype=torch.bfloat16)
 @pytest.fixture
 def parts() -> tuple[Arena, HostStore]:
     arena = Arena(LAYOUT, Capacity(12, 2, 10, 10), "cpu")
-    host = HostStore(LAYOUT, 10, pinned=False)
+    host = HostStore(LAYOUT, 10)
     for tensor in (arena.k, arena.v, host.k, host.v):
         tensor.copy_(torch.randn(tensor.shape))
     return arena, host
@@ -36,7 +36,7 @@ def engine_of(parts: tuple[Arena, HostStore], rate: float | None = None) -> CPUT
 @pytest.mark.parametrize("heads", [1, 2])  # V pages of 12 bytes a token, or of 24
 def test_many_scattered_pages_of_any_width(heads: int) -> None:
     layout = KVLayout(1, 1, heads, head_dim=4, v_head_dim=6, dtype=torch.bfloat16)
-    arena, host = Arena(layout, Capacity(400, 2, 400, 400), "cpu"), HostStore(layout, 400, False)
+    arena, host = Arena(layout, Capacity(400, 2, 400, 400), "cpu"), HostStore(layout, 400)
     for tensor in (arena.k, arena.v, host.k, host.v):
         tensor.copy_(torch.randn(tensor.shape))
     engine = CPUTransferEngine(arena, host, None)

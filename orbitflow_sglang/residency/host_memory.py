@@ -1,0 +1,115 @@
+"""Host memory that a GPU's copy engines can reach: pinned chunk by chunk, near that GPU.
+
+Pinning is what takes time in a large store, a second for some gigabytes, so it goes on in
+chunks and says how far it is. Memory belongs to the NUMA node of the core that touches it
+first: it is touched by a thread that runs where the GPU is attached.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orbitflow_sglang.residency import ResidencyError
+
+logger = logging.getLogger(__name__)
+CHUNK_BYTES = 1 << 30
+SAID_FROM_BYTES = 8 << 30  # smaller stores are pinned without a word
+PCI = Path("/sys/bus/pci/devices")
+Register = Callable[[int, int], int]  # address, bytes -> CUDA error
+
+
+def pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised host memory that ``device`` can copy from and to.
+
+    Raises ``ResidencyError`` where the system does not let so much be pinned. It is never
+    given back before the process ends.
+    """
+    return pinned(shape, dtype, _register, local_cores(_bus_of(device)))
+
+
+def pinned(
+    shape: tuple[int, ...], dtype: torch.dtype, register: Register, cores: set[int]
+) -> torch.Tensor:
+    """The same with what pins and whose cores touch it; ``cores`` empty: any."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = np.frombuffer(memory, dtype=np.uint8)
+    failed: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            if cores:
+                os.sched_setaffinity(0, cores)  # of this thread
+            _pin(flat, register)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fill, name="orbitflow-pin")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def local_cores(bus: str | None, devices: Path = PCI) -> set[int]:
+    """The cores that a PCI device is attached to, of those this process may use; empty: unknown."""
+    if bus is None:
+        return set()
+    try:
+        text = (devices / bus / "local_cpulist").read_text(encoding="ascii").strip()
+    except OSError:
+        return set()
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found & os.sched_getaffinity(0)
+
+
+def _pin(flat: np.ndarray, register: Register) -> None:
+    said = flat.nbytes >= SAID_FROM_BYTES
+    for begin in range(0, flat.nbytes, CHUNK_BYTES):
+        chunk = flat[begin : begin + CHUNK_BYTES]
+        chunk[:: mmap.PAGESIZE] = 0
+        if (error := register(chunk.ctypes.data, chunk.nbytes)) != 0:
+            raise ResidencyError(
+                f"CUDA error {error} when pinning host memory, behind {begin / 1e9:.0f} of "
+                f"{flat.nbytes / 1e9:.0f} GB: give less with --orbitflow-host-memory-gb, or raise "
+                "the limit on locked memory (ulimit -l, docker run --ulimit memlock=-1)"
+            )
+        if said:
+            done = begin + chunk.nbytes
+            logger.info(
+                "OrbitFlow pins host memory: %.0f of %.0f GB", done / 1e9, flat.nbytes / 1e9
+            )
+
+
+def _register(address: int, nbytes: int) -> int:
+    portable = 1  # cudaHostRegisterPortable: for every GPU of the process
+    cuda: Any = torch.cuda
+    return int(cuda.cudart().cudaHostRegister(address, nbytes, portable))
+
+
+def _bus_of(device: torch.device) -> str | None:
+    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        return (
+            f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
+            f"{properties.pci_device_id:02x}.0"
+        )
+    except AttributeError:  # an older PyTorch
+        return None

@@ -1,0 +1,278 @@
+"""Transfers on a device that does what it is told later: copies on streams of their own.
+
+Whoever calls runs ahead of the device. Order comes from three queues, one that computes and one
+for each direction of the link, and from events between them:
+
+- a copy begins behind everything that compute was asked for before it: so it reads what was
+  written, and overwrites only what has been read;
+- what compute is asked for behind ``Transfer.wait`` begins behind the copy.
+
+A page is handed on only behind a ``wait``, or once its copy is seen to be ``done``; so these
+two are enough, also between the two directions: a fetch that somebody waited for is over
+before a later write-back to the same host page, which begins behind that compute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from orbitflow_sglang.residency.arena import Arena
+from orbitflow_sglang.residency.host_store import HostStore
+from orbitflow_sglang.residency.transfer import LinkStats, Transfer, TransferEngine
+
+Event = Any
+
+
+class Streams(Protocol):
+    """A device's queues. ``direction``: 0, to the device; 1, to the host."""
+
+    def compute(self, work: Callable[[], None]) -> None:
+        """Queue ``work`` where the model computes."""
+
+    def copy(self, direction: int, work: Callable[[], None]) -> Event:
+        """Queue a copy behind all that compute has been asked for; the event is its end."""
+
+    def compute_waits(self, event: Event) -> None:
+        """What compute is asked for from now on comes behind ``event``."""
+
+    def query(self, event: Event) -> bool:
+        """Whether ``event`` has come."""
+
+    def seconds(self, event: Event) -> float:
+        """How long the copy that ends with ``event`` took; it has come."""
+
+    def synchronize(self) -> None:
+        """Return when both directions are idle."""
+
+
+class PageCopier(Protocol):
+    """Queues copies of pages on the current stream; ids are NumPy arrays that stay as they are."""
+
+    def pages(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, of: np.ndarray
+    ) -> None:
+        """``target[to[i]] = source[of[i]]``."""
+
+    def rows(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, first: np.ndarray
+    ) -> None:
+        """Page ``target[to[i]]`` = the rows of ``source`` from ``first[i]`` on."""
+
+
+class StreamTransfer(Transfer):
+    """A copy on a stream."""
+
+    def __init__(self, nbytes: int, streams: Streams, event: Event) -> None:
+        super().__init__(nbytes)
+        self._streams = streams
+        self.event = event
+
+    @property
+    def done(self) -> bool:
+        return self._streams.query(self.event)
+
+    def wait(self) -> None:
+        self._streams.compute_waits(self.event)
+
+
+class StreamTransferEngine(TransferEngine):
+    """Copies of whole pages between an arena on a device and pinned host memory."""
+
+    def __init__(self, arena: Arena, host: HostStore, streams: Streams, copier: PageCopier) -> None:
+        self._device = arena.k, arena.v
+        self._host = host.k, host.v
+        self._page_bytes = sum(t[0].numel() * t.itemsize for t in self._device)
+        self._streams = streams
+        self._copier = copier
+        self._stats = LinkStats(), LinkStats()
+        self._under_way: tuple[deque[StreamTransfer], deque[StreamTransfer]] = deque(), deque()
+
+    def compute(self, work: Callable[[], None]) -> None:
+        self._streams.compute(work)
+
+    def fetch(self, host_pages: np.ndarray, device_pages: np.ndarray) -> Transfer:
+        def copy() -> None:
+            for source, target in zip(self._host, self._device, strict=True):
+                self._copier.pages(target, source, device_pages, host_pages)
+
+        return self._submit(0, copy, len(host_pages))
+
+    def write_back(self, device_pages: np.ndarray, host_pages: np.ndarray) -> Transfer:
+        def copy() -> None:
+            for source, target in zip(self._device, self._host, strict=True):
+                self._copier.pages(target, source, host_pages, device_pages)
+
+        return self._submit(1, copy, len(host_pages))
+
+    def write_through(
+        self, k: torch.Tensor, v: torch.Tensor, first_rows: np.ndarray, host_pages: np.ndarray
+    ) -> Transfer:
+        def copy() -> None:
+            for source, target in zip((k, v), self._host, strict=True):
+                self._copier.rows(target, source, host_pages, first_rows)
+
+        return self._submit(1, copy, len(host_pages))
+
+    def drain(self) -> None:
+        self._streams.synchronize()
+        self._count()
+
+    def forget(self) -> None:
+        self._count()
+        self._stats = LinkStats(), LinkStats()
+
+    def close(self) -> None:
+        self._streams.synchronize()
+
+    @property
+    def h2d(self) -> LinkStats:
+        self._count()
+        return self._stats[0]
+
+    @property
+    def d2h(self) -> LinkStats:
+        self._count()
+        return self._stats[1]
+
+    def _submit(self, direction: int, copy: Callable[[], None], pages: int) -> Transfer:
+        event = self._streams.copy(direction, copy)
+        transfer = StreamTransfer(pages * self._page_bytes, self._streams, event)
+        self._under_way[direction].append(transfer)
+        return transfer
+
+    def _count(self) -> None:
+        """Count the copies that have ended: oldest first, which is how they end."""
+        for under_way, stats in zip(self._under_way, self._stats, strict=True):
+            while under_way and under_way[0].done:
+                transfer = under_way.popleft()
+                stats.count(transfer.nbytes, self._streams.seconds(transfer.event))
+
+
+class CUDAStreams:
+    """The queues of a CUDA device: PyTorch's current stream, where the model runs, and two."""
+
+    def __init__(self, device: torch.device) -> None:
+        stream: Any = torch.cuda.Stream
+        self._streams = stream(device), stream(device)
+
+    def compute(self, work: Callable[[], None]) -> None:
+        work()
+
+    def copy(self, direction: int, work: Callable[[], None]) -> Event:
+        stream = self._streams[direction]
+        stream.wait_stream(torch.cuda.current_stream())
+        begin, end = _timer(), _timer()
+        with torch.cuda.stream(stream):
+            begin.record()
+            work()
+            end.record()
+        return begin, end
+
+    def compute_waits(self, event: Event) -> None:
+        torch.cuda.current_stream().wait_event(event[1])
+
+    def query(self, event: Event) -> bool:
+        return bool(event[1].query())
+
+    def seconds(self, event: Event) -> float:
+        return float(event[0].elapsed_time(event[1])) / 1e3
+
+    def synchronize(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
+
+class CUDACopier:
+    """Long runs of pages by the copy engine, which takes no processor; short ones by a kernel,
+    which takes no call for each run. ``least_run`` pages are a long run: measured, see
+    ``measured_least_run``."""
+
+    def __init__(self, kernels: Any, device: torch.device, least_run: float) -> None:
+        self._kernels = kernels
+        self._device = device
+        self.least_run = least_run
+
+    def pages(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, of: np.ndarray
+    ) -> None:
+        begins = run_begins(to, of)
+        if len(to) >= self.least_run * len(begins):
+            for begin, end in zip(begins, [*begins[1:], len(to)], strict=True):
+                count = int(end - begin)
+                t, s = int(to[begin]), int(of[begin])
+                target[t : t + count].copy_(source[s : s + count], non_blocking=True)
+        else:
+            self._kernels.copy_pages(target, source, self._ids(to), self._ids(of), self._count(to))
+
+    def rows(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, first: np.ndarray
+    ) -> None:
+        source.record_stream(torch.cuda.current_stream())
+        self._kernels.copy_rows(
+            target, source.contiguous(), self._ids(to), self._ids(first), self._count(to)
+        )
+
+    def _ids(self, ids: np.ndarray) -> torch.Tensor:
+        # PyTorch keeps pinned memory until the copy from it is over.
+        pinned = torch.from_numpy(ids.astype(np.int32)).pin_memory()
+        return pinned.to(self._device, non_blocking=True)
+
+    def _count(self, ids: np.ndarray) -> torch.Tensor:
+        return _constant(len(ids), self._device)
+
+
+@functools.lru_cache(4096)
+def _constant(value: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int32, device=device)
+
+
+def run_begins(to: np.ndarray, of: np.ndarray) -> list[int]:
+    """Where a stretch begins in which both ids go up by one."""
+    if not len(to):
+        return []
+    broken = (np.diff(to) != 1) | (np.diff(of) != 1)
+    begins: list[int] = np.concatenate([[0], np.flatnonzero(broken) + 1]).tolist()
+    return begins
+
+
+def measured_least_run(
+    copier: CUDACopier, arena: Arena, host: HostStore, lengths: tuple[int, ...] = (1, 2, 4, 8, 16)
+) -> float:
+    """The shortest run of pages from which the copy engine is as fast as the kernel; infinite
+    where it never is. Between steps, with the arena free; its contents are lost."""
+    pages = min(256, host.num_pages, arena.num_pages)
+    for length in lengths:
+        spaced = np.arange(pages) // length * (length + 1) + np.arange(pages) % length
+        of = spaced[spaced < host.num_pages][:pages]
+        to = np.arange(len(of))
+        work = functools.partial(copier.pages, arena.k, host.k, to, of)
+        copier.least_run = 0.0
+        by_copy_engine = _seconds(work)
+        copier.least_run = float("inf")
+        if by_copy_engine <= _seconds(work):
+            return float(length)
+    return float("inf")
+
+
+def _seconds(work: Callable[[], None], repeats: int = 5) -> float:
+    """The least time that ``work`` takes on the device, seconds."""
+    best = float("inf")
+    for _ in range(repeats):
+        begin, end = _timer(), _timer()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        best = min(best, float(begin.elapsed_time(end)) / 1e3)
+    return best
+
+
+def _timer() -> Any:
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True)

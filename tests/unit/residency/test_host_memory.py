@@ -1,0 +1,76 @@
+"""Host memory that is pinned chunk by chunk; the GPU's part is played by a function."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from orbitflow_sglang.residency import ResidencyError, host_memory
+from orbitflow_sglang.residency.host_memory import local_cores, pinned
+
+pytestmark = pytest.mark.unit
+
+
+def test_every_byte_is_pinned_once_in_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "CHUNK_BYTES", 1 << 20)
+    calls: list[tuple[int, int]] = []
+
+    def register(address: int, nbytes: int) -> int:
+        calls.append((address, nbytes))
+        return 0
+
+    tensor = pinned((3, 1000, 257), torch.float32, register, set())
+    assert tensor.shape == (3, 1000, 257) and tensor.is_contiguous()
+    nbytes = tensor.numel() * 4
+    assert sum(size for _, size in calls) == nbytes and len(calls) == 3
+    assert calls[0][0] == tensor.data_ptr()
+    for (address, size), (following, _) in itertools.pairwise(calls):
+        assert address + size == following and address % mmap.PAGESIZE == 0
+    tensor.fill_(2.0)
+    assert float(tensor.sum()) == 2.0 * tensor.numel()
+
+
+def test_a_limit_of_the_system_is_named_with_the_way_out() -> None:
+    with pytest.raises(ResidencyError, match=r"CUDA error 2 .*--orbitflow-host-memory-gb.*memlock"):
+        pinned((8, 8), torch.bfloat16, lambda address, nbytes: 2, set())
+
+
+def test_nothing_needs_no_memory() -> None:
+    assert pinned((0, 16, 2), torch.float32, lambda *_: 1, set()).numel() == 0
+
+
+def test_large_stores_say_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host_memory, "SAID_FROM_BYTES", 1)
+    with caplog.at_level(logging.INFO):
+        pinned((1024,), torch.float32, lambda *_: 0, set())
+    assert "pins host memory: 0 of 0 GB" in caplog.text
+
+
+def test_the_thread_that_touches_it_runs_on_the_cores_of_the_device() -> None:
+    cores = {min(os.sched_getaffinity(0))}
+    seen: list[set[int]] = []
+
+    def register(address: int, nbytes: int) -> int:
+        seen.append(os.sched_getaffinity(0))
+        return 0
+
+    before = os.sched_getaffinity(0)
+    pinned((16,), torch.float32, register, cores)
+    assert seen == [cores] and os.sched_getaffinity(0) == before
+
+
+def test_cores_are_read_from_the_bus(tmp_path: Path) -> None:
+    (tmp_path / "0000:17:00.0").mkdir()
+    (tmp_path / "0000:17:00.0" / "local_cpulist").write_text("0-1,900-910,1\n")
+    wanted = {0, 1} & os.sched_getaffinity(0)
+    assert local_cores("0000:17:00.0", tmp_path) == wanted
+    assert local_cores("0000:99:00.0", tmp_path) == set()
+    assert local_cores(None, tmp_path) == set()
