@@ -15,8 +15,9 @@ from typing import Protocol
 from orbitflow_sglang.control import rules
 from orbitflow_sglang.control.planning import WINDOW_STEPS, Planning, Worker, placement_of
 from orbitflow_sglang.control.policies import PolicySpec
+from orbitflow_sglang.control.prompts import Prompts
 from orbitflow_sglang.control.rules import Candidacy, Candidate
-from orbitflow_sglang.control.scene import Scene, pages_ahead, pages_used
+from orbitflow_sglang.control.scene import Scene, lost, pages_ahead, pages_used
 from orbitflow_sglang.control.view import (
     NOTHING,
     Machine,
@@ -25,7 +26,6 @@ from orbitflow_sglang.control.view import (
     StepDecision,
 )
 from orbitflow_sglang.planner.problem import IntArray, PlanningProblem
-from orbitflow_sglang.slo import STRICT_GAP_S
 
 MIN_RUN_STEPS = 4  # that a request decodes between two pauses
 AVERAGE_SHARE = 0.1  # of a finished request in the averages
@@ -70,7 +70,7 @@ class Controller:
         self._returning: dict[str, None] = {}
         self._resumed_at: dict[str, int] = {}  # tokens generated when last resumed
         self._grants = 0
-        self._since_chunk = rules.MAX_STEPS_BETWEEN_CHUNKS
+        self._prompts = Prompts(spec, machine, costs)
         self._replan = False
         self._plan_steps = 0
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
@@ -80,7 +80,7 @@ class Controller:
 
     def stepped(self, prefill: bool) -> None:
         """A step begins: with prompt tokens, or only decoding."""
-        self._since_chunk = 0 if prefill else self._since_chunk + 1
+        self._prompts.stepped(prefill)
         self._plan_steps += 1
 
     def drifted(self) -> None:
@@ -112,7 +112,7 @@ class Controller:
         pause = self._overflow(scene)
         pause += self._grant(scene, pause)
         resume, fetch = self._returns(scene)
-        chunk_tokens, prefill = self._chunk(scene)
+        chunk_tokens, prefill = self._prompts.chunk(scene, self._granted)
         placement, paper_pauses = self._place(scene, obs, pause)
         mirror = self._mirror(scene, pause)
         order, admit = self._admission(scene)
@@ -196,20 +196,12 @@ class Controller:
             rid=view.rid,
             pace_s=math.inf if pace is None else pace,
             deposit_s=view.deposit_s(scene.now),
-            late=self._lost(view, scene),
+            late=lost(view, scene),
             paced=view.slo.deposit and pace is not None and self.spec.has("deposit"),
             reload_s=pages * self.costs.page_transfer_s,
             arrival_s=view.arrival_s,
             tokens=view.tokens,
         )
-
-    def _lost(self, view: RequestView, scene: Scene) -> bool:
-        """Whether the TPOT target is missed even if every token to come is computed at once."""
-        pace = view.slo.pace_s
-        if pace is None or view.first_token_s is None:
-            return False
-        left = max(0, view.max_new_tokens - view.generated)
-        return view.deposit_s(scene.now) + left * max(0.0, pace - scene.step_s) < 0
 
     def _pausable(self, scene: Scene, gone: Sequence[str]) -> list[RequestView]:
         return [
@@ -246,11 +238,9 @@ class Controller:
 
     def _wanting(self, scene: Scene) -> list[Candidacy]:
         wanting = []
+        late = self._prompts.late_in_line(scene)
         for view in scene.waiting:
-            slack = math.inf
-            if view.slo.ttft_s is not None and view.first_token_s is None:
-                slack = view.arrival_s + view.slo.ttft_s - scene.now
-                slack -= self.costs.prefill_s(view.prompt_tokens, 0)
+            slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
             pages = self._pages([view])
             wanting.append(
                 Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, False)
@@ -331,7 +321,7 @@ class Controller:
         total = 0.0
         for view in [*scene.decoding, *scene.paused]:
             pace = view.slo.pace_s
-            if self._lost(view, scene) and view.rid not in self._returning:
+            if lost(view, scene) and view.rid not in self._returning:
                 continue
             paced = view.slo.deposit and pace is not None and self.spec.has("deposit")
             total += self._pages([view]) * rules.committed_share(scene.step_s, pace or 0.0, paced)
@@ -398,42 +388,6 @@ class Controller:
     def admitted(self, count: int) -> None:
         """So many waiting requests have started."""
         self._grants += count
-
-    def _chunk(self, scene: Scene) -> tuple[int | None, bool]:
-        """Most tokens of the next prefill step, and whether it may come now."""
-        if not self.spec.has("chunking") or not (scene.waiting or scene.prefilling):
-            return None, True
-        if not scene.decoding:
-            return None, True
-        gaps = [self._gap(view, scene) for view in scene.decoding]
-        tokens = self.machine.max_chunk_tokens
-        token_s = self.costs.prefill_s(tokens, 0) / tokens
-        least_s = max(self.machine.page_size, rules.MIN_CHUNK_TOKENS) * token_s
-        late = sum(gap < least_s + scene.step_s for gap in gaps)
-        chunk = rules.chunk(
-            min(gaps), scene.step_s, token_s, self.machine.page_size, tokens, late,
-            len(scene.waiting) + len(scene.prefilling),
-        )  # fmt: skip
-        return chunk.tokens, self._since_chunk >= chunk.every
-
-    def _gap(self, view: RequestView, scene: Scene) -> float:
-        """Time that a chunk may take from ``view``; infinite where it has no target to lose.
-
-        A mean (TPOT) can be made up for by the tokens to come, a gap (TBT) cannot.
-        """
-        pace = view.slo.pace_s
-        if pace is None or view.last_token_s is None or self._lost(view, scene):
-            return math.inf
-        left = min(rules.RECOVERY_TOKENS, max(0, view.max_new_tokens - view.generated))
-        due = view.deposit_s(scene.now) + pace
-        paced = view.slo.deposit and self.spec.has("deposit")
-        if paced and view.slo.tbt_s is not None:
-            return due
-        due += left * max(0.0, pace - scene.step_s)
-        if paced:
-            return due
-        longest = STRICT_GAP_S if view.slo.tbt_s is None else view.slo.tbt_s
-        return min(due, view.last_token_s + longest - scene.now)
 
     # --- placement ------------------------------------------------------------
 

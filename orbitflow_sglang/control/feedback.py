@@ -15,6 +15,7 @@ CLIP = 2.0
 STEP_WEIGHT = 0.1  # of a new sample in the moving average
 LINK_WEIGHT = 0.2
 PREFILL_WEIGHT = 0.25
+PREFILL_FLOORS = 2.0  # a chunk that takes less than so many smallest steps is no sample
 ENOUGH_LINK_S = 2e-3  # busy time that makes a sample: shorter ones are mostly timer noise
 DRIFT_THRESHOLD = 0.2  # share that a step is off by
 DRIFT_STEPS = 8  # in a row and in one direction
@@ -80,8 +81,13 @@ class Feedback:
             self._pages, self._busy_s = 0, 0.0
 
     def prefill_chunk(self, tokens: int, seconds: float, context_tokens: int = 0) -> None:
-        """A chunk of ``tokens`` behind ``context_tokens`` took ``seconds``, without stall."""
+        """A chunk of ``tokens`` behind ``context_tokens`` took ``seconds``, without stall.
+
+        One that took little more than any forward pass does says nothing about its tokens.
+        """
         if not (self.enabled and tokens > 0 and _positive(seconds)):
+            return
+        if seconds < PREFILL_FLOORS * self.compute_s(1, 0):
             return
         bucket = _bucket(context_tokens + tokens // 2)
         if bucket in self._prefill:

@@ -6,6 +6,7 @@ hides on the link; rho = h / arena; mu = decode seconds / prefill seconds at the
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ COMMITTED_MARGIN = 1.5  # taking turns is not perfect: reloads, and turns that c
 AGEING_SHARE = 8  # one admission in so many goes to who has waited longest
 MIN_CHUNK_TOKENS = 64
 MAX_STEPS_BETWEEN_CHUNKS = 8
+CHUNK_FLOORS = 1.25  # a chunk below so many times the least a forward pass takes is mostly wasted
+PROMPTS_MU = 2.0  # below, prompts hold each other up more than memory does
+PREFILL_SLOWDOWN = 1.4  # of prompts by the decode steps between their chunks
 CHUNK_SHARE = 0.95  # of the gap that a chunk may take
 RECOVERY_TOKENS = 64  # within so many a request may make up for a chunk, where it decodes faster
 
@@ -36,9 +40,12 @@ def streaming_budget(hidden_pages: float, *, aside: bool = False) -> int:
 
 
 def stands_aside(rho: float, mu: float) -> tuple[bool, bool]:
-    """Whether not to stream to admit more, and whether not to pause for newcomers either."""
-    prefill_bound = mu < LEAST_MU
-    return rho < LEAST_RHO or prefill_bound, prefill_bound
+    """Whether not to stream to admit more, and whether not to pause for newcomers either.
+
+    The more decode together, the more each chunk of a prompt holds up: where prompts are much
+    of the work, admitting more costs as many as it gains.
+    """
+    return rho < LEAST_RHO or mu < PROMPTS_MU, mu < LEAST_MU
 
 
 # --- pausing --------------------------------------------------------------------
@@ -135,6 +142,35 @@ def by_arrival(wanting: Sequence[Candidacy]) -> list[Candidacy]:
     return sorted(wanting, key=lambda c: (not c.paused, c.arrival_s))
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One that waits for its prefill. Times in seconds."""
+
+    rid: str
+    due_s: float  # from now
+    prefill_s: float
+
+
+def late_in_line(prompts: Sequence[Prompt], busy_s: float) -> set[str]:
+    """Who will be late when prompts are computed one behind the other, ``busy_s`` from now.
+
+    As few as can be (Moore and Hodgson): by their deadlines, and where one would be late the
+    longest so far gives way.
+    """
+    late: set[str] = set()
+    taken: list[tuple[float, str]] = []
+    ends = busy_s
+    for prompt in sorted(prompts, key=lambda p: (p.due_s, p.rid)):
+        takes = PREFILL_SLOWDOWN * prompt.prefill_s
+        heapq.heappush(taken, (-takes, prompt.rid))
+        ends += takes
+        if ends > prompt.due_s:
+            longest, rid = heapq.heappop(taken)
+            ends += longest
+            late.add(rid)
+    return late
+
+
 # --- admission ------------------------------------------------------------------
 
 
@@ -183,3 +219,25 @@ def chunk(
         return Chunk(max(least, min(max_tokens, fitting // page_size * page_size)), 1)
     every = round(1 + made_late / max(1, waiting))
     return Chunk(min(least, max_tokens), max(1, min(MAX_STEPS_BETWEEN_CHUNKS, every)))
+
+
+def sustained_chunk(
+    spare_s: float, gap_s: float, floor_s: float, token_s: float, page_size: int, max_tokens: int
+) -> Chunk:
+    """A chunk of prompts that are late anyway: those decoding stay on time for good.
+
+    ``spare_s`` is what they can give away at every step, ``gap_s`` at once. A forward pass
+    takes ``floor_s`` at least, so small chunks are not worth it: rather a larger one less often.
+    """
+    worth = CHUNK_FLOORS * floor_s / token_s if token_s > 0 else 0.0
+    least = max(page_size, MIN_CHUNK_TOKENS, worth)
+    least = min(max_tokens, int(-(-least // page_size)) * page_size)
+    now_s = min(spare_s, gap_s)
+    if math.isinf(now_s):
+        return Chunk(max_tokens, 1)
+    fitting = int(now_s / token_s) // page_size * page_size if now_s >= floor_s else 0
+    if fitting >= least:
+        return Chunk(min(max_tokens, fitting), 1)
+    takes_s = max(floor_s, least * token_s)
+    every = math.ceil(takes_s / spare_s) if spare_s > 0 else MAX_STEPS_BETWEEN_CHUNKS
+    return Chunk(least, min(MAX_STEPS_BETWEEN_CHUNKS, every))

@@ -44,6 +44,15 @@ class Scene:
         return scene
 
 
+def lost(view: RequestView, scene: Scene) -> bool:
+    """Whether the TPOT target is missed even if every token to come is computed at once."""
+    pace = view.slo.pace_s
+    if pace is None or view.first_token_s is None:
+        return False
+    left = max(0, view.max_new_tokens - view.generated)
+    return view.deposit_s(scene.now) + left * max(0.0, pace - scene.step_s) < 0
+
+
 def pages_ahead(views: Iterable[RequestView], machine: Machine) -> int:
     """Pages of these requests a few steps ahead, tails included, prefixes counted twice."""
     size, total = machine.page_size, 0

@@ -13,6 +13,7 @@ from orbitflow_sglang.control.feedback import (
     CLIP,
     DRIFT_STEPS,
     ENOUGH_LINK_S,
+    PREFILL_FLOORS,
     STEP_WEIGHT,
     Feedback,
 )
@@ -129,12 +130,23 @@ def test_little_that_was_moved_is_added_up_before_it_counts() -> None:
     assert feedback.page_transfer_s > PROFILE.h2d.per_page_s
 
 
-@given(st.floats(10, 1e6), st.integers(1, 4096), st.integers(0, 100_000))
-def test_prefill_follows_chunks(rate: float, tokens: int, context: int) -> None:
+LEAST_S = PREFILL_FLOORS * PROFILE.compute.step_s(1, 0)
+
+
+@given(st.floats(LEAST_S, 100), st.integers(1, 4096), st.integers(0, 100_000))
+def test_prefill_follows_chunks(seconds: float, tokens: int, context: int) -> None:
     feedback = Feedback(PROFILE)
+    for _ in range(120):
+        feedback.prefill_chunk(tokens, seconds, context)
+    assert feedback.prefill_s(tokens, context) == pytest.approx(seconds, rel=0.01)
+
+
+def test_a_chunk_that_any_forward_pass_takes_as_long_as_says_nothing() -> None:
+    feedback = Feedback(PROFILE)
+    before = feedback.prefill_s(1000)
     for _ in range(60):
-        feedback.prefill_chunk(tokens, tokens / rate, context)
-    assert feedback.prefill_s(tokens, context) == pytest.approx(tokens / rate, rel=0.01)
+        feedback.prefill_chunk(16, 1.9 * feedback.compute_s(1, 0))
+    assert feedback.prefill_s(1000) == before
 
 
 def test_prefill_behind_a_long_context_has_an_estimate_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ def test_nine_tenths_of_what_compute_hides_are_streamed() -> None:
 def test_it_stands_aside_for_a_slow_link_and_for_long_prefills() -> None:
     assert rules.stands_aside(rho=0.2, mu=3.0) == (False, False)
     assert rules.stands_aside(rho=0.02, mu=3.0) == (True, False)
+    assert rules.stands_aside(rho=0.2, mu=1.5) == (True, False)
     assert rules.stands_aside(rho=0.2, mu=0.5) == (True, True)
 
 
@@ -163,6 +165,59 @@ def test_where_none_fits_the_smallest_comes_every_few_steps() -> None:
     assert chunk(0.05, made_late=3, waiting=6) == Chunk(64, 2)
     assert chunk(-1.0, made_late=50, waiting=1) == Chunk(64, 8)
     assert chunk(0.05, page_size=128) == Chunk(128, 1)
+
+
+def late_chunk(spare_s: float, gap_s: float = 1.0, page_size: int = 16) -> Chunk:
+    # A forward pass takes 0.1 s at least, a token 1 ms.
+    return rules.sustained_chunk(spare_s, gap_s, 0.1, 0.001, page_size, 2048)
+
+
+def test_prompts_that_are_late_take_what_others_can_give_for_good() -> None:
+    assert late_chunk(0.3) == Chunk(288, 1)  # of 300 tokens, whole pages
+    assert late_chunk(0.3, gap_s=0.2) == Chunk(192, 1)
+    # 125 tokens are worth a pass: 128, which take 0.128 s, a third of which is spared a step.
+    assert late_chunk(0.05) == Chunk(128, 3)
+    assert late_chunk(0.05, page_size=100) == Chunk(200, 4)
+    assert late_chunk(-0.1) == Chunk(128, rules.MAX_STEPS_BETWEEN_CHUNKS)
+    assert late_chunk(1e-4) == Chunk(128, rules.MAX_STEPS_BETWEEN_CHUNKS)
+    assert late_chunk(math.inf, math.inf) == Chunk(2048, 1)
+
+
+def prompt(rid: str, due_s: float, prefill_s: float) -> rules.Prompt:
+    return rules.Prompt(rid, due_s, prefill_s / rules.PREFILL_SLOWDOWN)
+
+
+def test_as_few_prompts_as_can_be_are_late_in_line() -> None:
+    line = [prompt("a", 2.0, 1.0), prompt("b", 3.0, 2.5), prompt("c", 3.5, 1.0)]
+    # One behind the other b would end at 3.5; without it c ends at 2.0.
+    assert rules.late_in_line(line, 0.0) == {"b"}
+    assert rules.late_in_line(line[::-1], 0.0) == {"b"}
+    assert rules.late_in_line(line, 1.1) == {"a", "b"}
+    assert rules.late_in_line([], 1.0) == set()
+
+
+LINES = st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 5)), max_size=7)
+
+
+@given(LINES, st.floats(0, 3))
+def test_nobody_else_is_late_and_no_choice_makes_fewer_late(
+    line: list[tuple[float, float]], busy_s: float
+) -> None:
+    prompts = [prompt(str(number), due, takes) for number, (due, takes) in enumerate(line)]
+
+    def punctual(chosen: tuple[rules.Prompt, ...]) -> bool:
+        end = busy_s
+        for one in sorted(chosen, key=lambda p: p.due_s):
+            end += rules.PREFILL_SLOWDOWN * one.prefill_s
+            if end > one.due_s + 1e-9:
+                return False
+        return True
+
+    late = rules.late_in_line(prompts, busy_s)
+    kept = tuple(one for one in prompts if one.rid not in late)
+    assert punctual(kept)
+    more = itertools.combinations(prompts, len(kept) + 1)
+    assert not any(punctual(chosen) for chosen in more)
 
 
 @given(
