@@ -141,7 +141,9 @@ def check_arguments(view: Any) -> None:
         if value not in accepted:
             given = "" if value is True else f" {value}"
             raise _refusal(f"--{field.replace('_', '-')}{given}", reason)
-    if view.tokenizer_worker_num != 1 and not patches.applied(patches.TOKENIZER_WORKERS):
+    if view.tokenizer_worker_num not in (None, 1) and not patches.applied(
+        patches.TOKENIZER_WORKERS
+    ):
         raise ConfigError(
             f"--enable-orbitflow does not support --tokenizer-worker-num "
             f"{view.tokenizer_worker_num}: {_PROCESS}. Patch SGLang (python -m "

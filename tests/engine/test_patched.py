@@ -101,10 +101,11 @@ def test_the_help_of_serve_shows_the_flags_with_the_patches(patched: dict[str, s
     assert "--orbitflow-policy NAME" in group, run.stderr[-2000:]
 
 
+@in_full_only
 def test_workers_of_the_tokenizer_check_and_pace_requests(
     patched: dict[str, str], stock: Stock
 ) -> None:
-    args = orbitflow_args("llama", "--orbitflow-policy", "static:1", *ARENA)
+    args = orbitflow_args("llama", *ARENA)
     with Server([*args, "--tokenizer-worker-num", "2"], env=patched) as server:
         answers = server.generate_many(WANTED, CONCURRENCY)
         assert ids(answers) == ids(stock.answers("llama", WANTED))
