@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import orjson
 
 from eval.bench.measure import QUICK_RESULTS, ROOT, write_result
 from eval.sim import studies
-from eval.sim.scenario import Scenario, run
+from eval.sim.scenario import Scenario, drained, run, unloaded
 
 RESULTS = ROOT / "eval" / "results" / "sim"
 UNFINISHED = ROOT / ".cache" / "eval" / "sim"
@@ -51,9 +52,9 @@ def key_of(scenario: dict[str, Any]) -> str:
     return hashlib.sha256(orjson.dumps(scenario, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def row_of(scenario: Scenario) -> Row:
+def row_of(scenario: Scenario, load_1: float | None = None) -> Row:
     """One finished run as it is kept: its metrics, and a hash of its requests' rows."""
-    finished = run(scenario).as_dict()
+    finished = run(scenario, load_1).as_dict()
     rows = orjson.dumps(finished.pop("rows"))
     return finished | {"rows_sha256": hashlib.sha256(rows).hexdigest(), "code": code_hash()}
 
@@ -96,30 +97,38 @@ def finish(study: str, scenarios: Sequence[Scenario], folder: Path, workers: int
     return found
 
 
+def first_seeds(scenarios: Iterable[Scenario], count: int | None) -> list[Scenario]:
+    """Of each cell those with its ``count`` lowest seeds; None: all."""
+    found = list(scenarios)
+    if count is None:
+        return found
+    seeds: dict[Scenario, set[int]] = {}
+    for scenario in found:
+        seeds.setdefault(_cell_of(scenario), set()).add(scenario.seed)
+    kept = {cell: sorted(of_cell)[:count] for cell, of_cell in seeds.items()}
+    return [scenario for scenario in found if scenario.seed in kept[_cell_of(scenario)]]
+
+
+def _cell_of(scenario: Scenario) -> Scenario:
+    return replace(scenario, policy="", seed=0, skip=0, paced=False, known_lengths=False)
+
+
 def _run_all(scenarios: Sequence[Scenario], workers: int) -> Iterator[Row]:
-    """Rows as they come, in any order. Runs of one workload go to one process, one behind the
-    other, so that its load 1 is found once."""
-    groups: dict[tuple[Any, ...], list[Scenario]] = {}
-    for scenario in scenarios:
-        which = (scenario.profile, scenario.mix, scenario.trace, scenario.seed, scenario.skip,
-                 scenario.arena_gb, scenario.arrivals)  # fmt: skip
-        groups.setdefault(which, []).append(scenario)
-    with ProcessPoolExecutor(workers) as pool:
-        waiting = [pool.submit(_rows, group) for group in groups.values()]
+    """Rows as they come, in any order."""
+    with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
+        loaded = [scenario for scenario in scenarios if scenario.load is not None]
+        workloads = list(dict.fromkeys(map(unloaded, loaded)))
+        load_1 = dict(zip(workloads, pool.map(drained, workloads), strict=True))
+        waiting = [
+            pool.submit(row_of, scenario, load_1.get(unloaded(scenario))) for scenario in scenarios
+        ]
         for done in as_completed(waiting):
-            yield from done.result()
+            yield done.result()
 
 
-def _rows(scenarios: Sequence[Scenario]) -> list[Row]:
-    # HiGHS prints to file descriptor 1 now and then.
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        return [row_of(scenario) for scenario in scenarios]
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+def _quiet() -> None:
+    """HiGHS prints to file descriptor 1 now and then: away from the progress bar."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _progress(study: str, rows: Iterator[Row], total: int) -> Iterator[Row]:
@@ -141,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(studies.STUDIES)} (all)")
     add("--quick", action="store_true", help="a smoke run of under a minute, and its report")
+    add("--seeds", type=int, metavar="N", help="only the first N of each cell: a first look")
     add("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
     unknown = set(options.studies) - set(studies.STUDIES)
@@ -154,7 +164,8 @@ def main(argv: Sequence[str]) -> int:
         print(report.comparison(rows, studies.OURS[0]))
         return 0
     for name in options.studies or studies.STUDIES:
-        finish(name, list(studies.STUDIES[name]()), RESULTS, options.workers)
+        scenarios = first_seeds(studies.STUDIES[name](), options.seeds)
+        finish(name, scenarios, RESULTS, options.workers)
     write_result(RESULTS / "runs.json", argv, {"code": code_hash(), "seeds": list(studies.SEEDS)})
     return 0
 

@@ -101,7 +101,7 @@ class _Watched(Simulation):
 
 def residency_figure() -> Figure:
     """The share of the decoding requests' KV that is on the host, by layer and time."""
-    simulation = simulation_of(method(CDF, "orbitflow"), _Watched)
+    simulation = simulation_of(method(CDF, "orbitflow"), kind=_Watched)
     assert isinstance(simulation, _Watched)
     simulation.run()
     end = simulation.now

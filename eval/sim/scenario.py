@@ -111,21 +111,28 @@ class Run:
         }
 
 
-def run(scenario: Scenario) -> Run:
-    """Simulate ``scenario`` and check its books. Raises ``ValueError`` for a bad one."""
-    simulation = simulation_of(scenario)
+def run(scenario: Scenario, load_1: float | None = None) -> Run:
+    """Simulate ``scenario`` and check its books. Raises ``ValueError`` for a bad one.
+
+    ``load_1``: where ``drained(unloaded(scenario))`` is known already.
+    """
+    scenario.check()
+    if load_1 is None and scenario.load is not None:
+        load_1 = drained(unloaded(scenario))
+    simulation = simulation_of(scenario, load_1)
     simulation.run()
     result.check(simulation)
-    rate = None if scenario.load is None else _drained(_bare(scenario))
-    return Run(scenario, simulation, _requests(scenario)[1], rate)
+    return Run(scenario, simulation, _requests(scenario)[1], load_1)
 
 
-def simulation_of(scenario: Scenario, kind: type[Simulation] = Simulation) -> Simulation:
+def simulation_of(
+    scenario: Scenario, load_1: float | None = None, kind: type[Simulation] = Simulation
+) -> Simulation:
     """``scenario`` before its first step. Raises ``ValueError`` for a bad one."""
     scenario.check()
     trace, _ = _requests(scenario)
     if scenario.load is not None:
-        trace = at_rate(trace, scenario.load * _drained(_bare(scenario)))
+        trace = at_rate(trace, scenario.load * (load_1 or drained(unloaded(scenario))))
     elif scenario.rate is not None:
         trace = at_rate(trace, scenario.rate)
     elif scenario.speed is not None:
@@ -163,7 +170,7 @@ def _promised(scenario: Scenario, trace: Sequence[TraceRequest]) -> list[TraceRe
 
 
 @lru_cache(DRAINS_KEPT)
-def _drained(scenario: Scenario) -> float:
+def drained(scenario: Scenario) -> float:
     """Load 1: requests a second at which `queue` drains the whole trace offered at time 0."""
     trace, _ = _requests(scenario)
     simulation = Simulation(scenario.setup, scenario.policy, at_once(trace))
@@ -171,7 +178,7 @@ def _drained(scenario: Scenario) -> float:
     return len(trace) / simulation.now
 
 
-def _bare(scenario: Scenario) -> Scenario:
+def unloaded(scenario: Scenario) -> Scenario:
     """What load 1 depends on: workload and machine, not policy, load or SLOs."""
     return Scenario(
         profile=scenario.profile,

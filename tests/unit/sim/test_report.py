@@ -78,6 +78,18 @@ def test_every_run_of_the_evaluation_can_be_run_and_is_listed_once() -> None:
             assert scenario.seed not in studies.TUNING_SEEDS or scenario.trace, name
 
 
+def test_a_first_look_takes_the_first_seeds_of_each_cell() -> None:
+    scenarios = [
+        replace(SMALL, policy=policy, seed=seed, load=load)
+        for policy in ("queue", "retract")
+        for seed in (5, 3, 4)
+        for load in (0.9, 1.2)
+    ]
+    found = campaign.first_seeds(scenarios, 2)
+    assert len(found) == 8 and {scenario.seed for scenario in found} == {3, 4}
+    assert campaign.first_seeds(scenarios, None) == scenarios
+
+
 def test_a_campaign_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "UNFINISHED", tmp_path / "parts")
     scenarios = [replace(SMALL, policy=policy) for policy in ("retract", "queue")]
