@@ -113,11 +113,12 @@ def test_an_interrupted_client_comes_before_newcomers() -> None:
     assert ids(rules.by_slack(some, 0)) == ["stalled", "new"]
 
 
-def test_every_eighth_place_goes_to_who_has_waited_longest() -> None:
+def test_a_share_of_the_places_goes_to_who_has_waited_longest() -> None:
     some = [wanting("new", slack_s=0.1), wanting("late", slack_s=-9.0, since_s=1.0)]
-    for grants in range(24):
+    for grants in range(3 * rules.AGEING_SHARE):
         first = ids(rules.by_slack(some, grants))[0]
-        assert first == ("late" if grants % 8 == 7 else "new")
+        last_of_share = grants % rules.AGEING_SHARE == rules.AGEING_SHARE - 1
+        assert first == ("late" if last_of_share else "new")
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 50), st.booleans()), max_size=12))
