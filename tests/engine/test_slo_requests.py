@@ -112,7 +112,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from orbitflow_sglang.engine import hooks
 
 hooks.register(hooks.LAUNCHER)
-hooks.register([hook for hook in hooks.SCHEDULER if "time_stats" in hook.function])
 HookRegistry.apply_hooks()
 hooks.verify(hooks.LAUNCHER)
 bad = {"custom_params": {"orbitflow": {"tpot_slo_ms": 0}}}
