@@ -18,7 +18,7 @@ import orjson
 from eval.bench.measure import machine
 from eval.sim import hardware
 from eval.sim.scenario import Run, Scenario, run
-from eval.workload import arrivals
+from eval.workload import arrivals, overflow
 
 SHOWN = (
     "good_requests",
@@ -90,6 +90,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--known-lengths", action="store_true", help="max_new_tokens is what a request will say")
     add("--mixed", action="store_true", help="prompt chunks and decode tokens in one step")
     add("--arena-gb", type=float, metavar="X", help="instead of the profile's")
+    add("--overflow", metavar="LEVEL", help=f"instead: {', '.join(overflow.LEVELS)}, by the paper")
     add("--link-gb-per-s", type=float, metavar="X", help="instead of the profile's")
     add("--max-running", type=int, metavar="N", help="instead of the profile's")
     add("--oversize", action="store_true", help="also requests larger than the arena")

@@ -10,6 +10,7 @@ from typing import Any
 from eval.sim import hardware, policies, result
 from eval.sim.engine import Setup, Simulation
 from eval.workload import mixes, trace_file
+from eval.workload.overflow import LEVELS, arena_for
 from eval.workload.requests import TraceRequest, at_once, at_rate, with_slo
 from orbitflow_sglang.slo import SLO
 
@@ -43,6 +44,7 @@ class Scenario:
     known_lengths: bool = False
     mixed: bool = False
     arena_gb: float | None = None
+    overflow: str | None = None  # the arena in which the trace has that level: vl, lo, ... hi
     link_gb_per_s: float | None = None
     max_running: int | None = None
     oversize: bool = False  # also those larger than the arena, as far as the host holds them
@@ -59,6 +61,11 @@ class Scenario:
             raise ValueError("give either a trace or a mix")
         if self.mix is not None:
             mixes.find(self.mix)
+        if self.overflow is not None:
+            if self.overflow not in LEVELS:
+                raise ValueError(f"unknown overflow {self.overflow!r}: use {', '.join(LEVELS)}")
+            if self.arena_gb is not None or self.load is not None:
+                raise ValueError("an overflow level sets the arena, and needs a rate, not a load")
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -117,12 +124,13 @@ def run(scenario: Scenario, load_1: float | None = None) -> Run:
     ``load_1``: where ``drained(unloaded(scenario))`` is known already.
     """
     scenario.check()
+    asked, scenario = scenario, _sized(scenario)
     if load_1 is None and scenario.load is not None:
         load_1 = drained(unloaded(scenario))
     simulation = simulation_of(scenario, load_1)
     simulation.run()
     result.check(simulation)
-    return Run(scenario, simulation, _requests(scenario)[1], load_1)
+    return Run(asked, simulation, _requests(scenario)[1], load_1)
 
 
 def simulation_of(
@@ -130,14 +138,30 @@ def simulation_of(
 ) -> Simulation:
     """``scenario`` before its first step. Raises ``ValueError`` for a bad one."""
     scenario.check()
+    trace = _timed(scenario, load_1)
+    return kind(scenario.setup, scenario.policy, _promised(scenario, trace), scenario.seed)
+
+
+def _timed(scenario: Scenario, load_1: float | None = None) -> list[TraceRequest]:
+    """Who comes, and when."""
     trace, _ = _requests(scenario)
     if scenario.load is not None:
-        trace = at_rate(trace, scenario.load * (load_1 or drained(unloaded(scenario))))
-    elif scenario.rate is not None:
-        trace = at_rate(trace, scenario.rate)
-    elif scenario.speed is not None:
-        trace = [replace(one, arrival_s=one.arrival_s / scenario.speed) for one in trace]
-    return kind(scenario.setup, scenario.policy, _promised(scenario, trace), scenario.seed)
+        return at_rate(trace, scenario.load * (load_1 or drained(unloaded(scenario))))
+    if scenario.rate is not None:
+        return at_rate(trace, scenario.rate)
+    speed = scenario.speed or 1.0
+    return [replace(one, arrival_s=one.arrival_s / speed) for one in trace]
+
+
+def _sized(scenario: Scenario) -> Scenario:
+    """With the arena that its overflow level asks for."""
+    if scenario.overflow is None:
+        return scenario
+    whole = replace(scenario, overflow=None, oversize=True)
+    trace, machine = _timed(whole), whole.machine
+    mean = sum(one.input_tokens + one.output_tokens / 2 for one in trace) / max(1, len(trace))
+    tokens = arena_for(trace, machine.resident_step_s(mean), LEVELS[scenario.overflow])
+    return replace(whole, arena_gb=tokens * machine.kv_bytes_per_token / hardware.GB)
 
 
 def _requests(scenario: Scenario) -> tuple[list[TraceRequest], int]:
