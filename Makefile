@@ -56,7 +56,7 @@ demo: setup ## long requests at once, with layers on device and host, against st
 
 # A test's limit includes the start of the server that it is the first to use.
 test: setup lint ## lint, types and every test that can run here
-	$(OFFLINE) $(PY) -m pytest --timeout 900 $(ARGS)
+	$(OFFLINE) $(PY) -m pytest --timeout 900 --durations 25 $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

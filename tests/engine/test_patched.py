@@ -69,6 +69,7 @@ def engine_script(tmp_path: Path) -> list[str]:
     return [str(script), orjson.dumps([str(build(MODELS["llama"])), wanted]).decode()]
 
 
+@in_full_only
 def test_an_engine_takes_the_flags_by_name(
     patched: dict[str, str], engine_script: list[str], stock: Stock
 ) -> None:
