@@ -265,6 +265,9 @@ class Controller:
             ordered = rules.by_slack(wanting, self._grants)
         else:
             ordered = rules.by_arrival(wanting)
+        if not (scene.decoding or scene.prefilling or self._returning):
+            # Nothing runs: a newcomer may have no slots until somebody paused gives up theirs.
+            ordered.sort(key=lambda wants: not wants.paused)
         self._ordered = ordered
         self._granted: set[str] = set()
         more: list[str] = []
