@@ -63,10 +63,10 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-full: setup ## the full identity matrix; writes eval/results/identity/
+test-full: setup ## every test in full; writes eval/results/identity/
 	ORBITFLOW_TEST_FULL=1 ORBITFLOW_TEST_SUMMARY=eval/results/identity/summary.json \
 	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
-	  $(PY) -m pytest --timeout 3600 tests/engine $(ARGS)
+	  $(PY) -m pytest --timeout 3600 $(ARGS)
 
 bench-overhead: setup ## decode throughput, all resident, against stock SGLang
 	@$(OFFLINE) $(PY) -m eval.bench.overhead $(ARGS)
