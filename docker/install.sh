@@ -25,11 +25,12 @@ cuda)
   ;;
 esac
 
-$python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /tmp/wheel "$source"
-$python -m pip install --quiet --no-deps /tmp/wheel/*.whl
+wheel=$(mktemp -d)
+$python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$wheel" "$source"
+$python -m pip install --quiet --no-deps "$wheel"/*.whl
 $python -m orbitflow_sglang.patches apply
 $python -m orbitflow_sglang.patches check
 
 install -m 644 "$source/docker/health.py" /usr/local/bin/orbitflow-health
 useradd --create-home --uid 10001 orbitflow
-rm -rf "$source" /tmp/wheel
+rm -rf "$source" "$wheel"

@@ -16,7 +16,7 @@ fi
 if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
   echo "Making a base image with Python from Debian"
   debootstrap --variant=minbase --include=python3,python3-venv,python3-dev,gcc,libc6-dev,ca-certificates \
-    bookworm "$work/root" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
+    bookworm "$work/root" ${DEBIAN_MIRROR:-}
   container=$(buildah from scratch)
   buildah add --quiet "$container" "$work/root" /
   buildah commit --quiet --rm "$container" "$base"
@@ -32,13 +32,14 @@ container=$(buildah from "$image")
 trap 'buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
 echo "Starting the server in the image"
 buildah run --network host --volume "$model:/model:ro" "$container" -- sh -c '
+  log=$(mktemp)
   python3 -m sglang.launch_server --enable-orbitflow --host 127.0.0.1 --port 30123 \
     --dtype float32 --model-path /model --orbitflow-arena-tokens 2048 \
-    --orbitflow-host-memory-gb 0.2 --skip-server-warmup >/tmp/server.log 2>&1 &
+    --orbitflow-host-memory-gb 0.2 --skip-server-warmup >"$log" 2>&1 &
   server=$!
   for second in $(seq 300); do
     PORT=30123 python3 /usr/local/bin/orbitflow-health >/dev/null 2>&1 && break
-    kill -0 $server 2>/dev/null || { cat /tmp/server.log; exit 1; }
+    kill -0 $server 2>/dev/null || { cat "$log"; exit 1; }
     sleep 1
   done
   python3 - <<"PYTHON"

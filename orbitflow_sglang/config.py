@@ -214,4 +214,7 @@ def from_arguments(namespace: argparse.Namespace) -> OrbitFlowConfig | None:
             )
         return None
     values: dict[str, Any] = given
+    if "disable" in values:  # from Python it may be a list, or written as on the command line
+        rules = values["disable"]
+        values["disable"] = _names(rules) if isinstance(rules, str) else tuple(rules)
     return OrbitFlowConfig(**values)

@@ -1,7 +1,8 @@
 """Entry point of ``sglang.srt.plugins``: what is wrapped in which process.
 
 Without ``--enable-orbitflow`` that is ``ServerArgs.add_cli_args`` and
-``ServerArgs.from_cli_args``, and the attention backend ``orbitflow_torch`` is offered.
+``ServerArgs.from_cli_args``, and the attention backend ``orbitflow_torch`` is offered. An
+unpatched ``sgl.Engine`` also learns to say what it needs to take our arguments.
 """
 
 from __future__ import annotations

@@ -27,13 +27,11 @@ from eval.sim.scenario import Scenario, drained, run, unloaded
 
 RESULTS = ROOT / "eval" / "results" / "sim"
 UNFINISHED = ROOT / ".cache" / "eval" / "sim"
-SIMULATOR = ("engine", "hardware", "job", "memory", "policies", "result", "scenario", "sglang",
-             "worker")  # fmt: skip
 DECISIVE = (  # what results depend on
     *("orbitflow_sglang/control/*.py", "orbitflow_sglang/planner/*.py", "orbitflow_sglang/slo.py"),
-    *(f"eval/sim/{module}.py" for module in SIMULATOR),
-    *("eval/metrics.py", "eval/sim/profiles.json", "eval/workload/*.py", "eval/traces/*.gz"),
+    *("eval/sim/*", "eval/metrics.py", "eval/workload/*.py", "eval/traces/*.gz"),
 )
+AROUND = {"against_live", "campaign", "figures", "report", "studies", "tables"}  # of eval/sim: not
 Row = dict[str, Any]
 
 
@@ -42,7 +40,8 @@ def code_hash() -> str:
     """Of all files that a result depends on."""
     digest = hashlib.sha256()
     for pattern in DECISIVE:
-        for path in sorted(ROOT.glob(pattern)):
+        files = (path for path in ROOT.glob(pattern) if path.is_file() and path.stem not in AROUND)
+        for path in sorted(files):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -182,11 +182,8 @@ class Simulation:
 
     def _wait(self) -> None:
         self.admission.idle()
-        until = self.now + IDLE_S
-        if self._to_come and not any(job.view.phase == "paused" for job in self._live.values()):
-            until = max(until, min(until, self._to_come[-1].view.arrival_s))
         self._fetch(IDLE_S)
-        self._pass(until - self.now)
+        self._pass(IDLE_S)
         self._idle += 1
         if self._idle > MOST_IDLE:
             phases = Counter(job.view.phase for job in self._live.values())
@@ -370,6 +367,7 @@ class Simulation:
                 break
             free += self._slots(job.view.tokens)
             stays.remove(job)
+            self.memory.release(job)
             job.drop()
             self.retractions += 1
             thrown = True
@@ -390,7 +388,7 @@ class Simulation:
         job.token_s.append(self.now)
         if view.generated >= job.output_tokens:
             del self._live[job.rid]
-            job.put(None)
+            self.memory.release(job)
             self.controller.finished(view)
 
     def _closed(self, job: Job, pages: int) -> None:
@@ -443,6 +441,7 @@ class Simulation:
         seconds = compute if loads is None else self._recurrence(loads, compute, page_s)
         seconds = max(seconds, (streamed + fetched) * page_s)
         self.memory.h2d_pages += streamed
+        self.memory.streamed += streamed
         self.stall_s += seconds - compute
         self.feedback.transfers(streamed + fetched, (streamed + fetched) * page_s)
         return compute, seconds

@@ -68,11 +68,9 @@ class Job:
         return host
 
     def drop(self) -> None:
-        """Its KV is thrown away: it waits again, its output so far part of the prompt."""
+        """It waits again, its output so far part of the prompt; its KV has been given up."""
         view = self.view
         view.prompt_tokens = self.asked_tokens + view.generated
         self.recomputed += view.prompt_tokens
         view.phase, view.tokens, view.paused_s = "waiting", 0, None
         view.settled, view.missing_pages = True, 0
-        self.goal, self.copied = None, 0
-        self.put(None)

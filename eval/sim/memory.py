@@ -7,7 +7,7 @@ books can be balanced at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,16 @@ class Memory:
     h2d_pages: int = 0  # that crossed the link so far
     d2h_pages: int = 0
     forced_pages: int = 0  # of these, that somebody had to wait for
+    # The books, each kept where a page changes hands: see ``balance``.
+    left: int = 0  # pages whose only copy is on the host from then on
+    came_back: int = 0
+    given_up: int = 0  # on the host when their request ended or was thrown out
+    reused: int = 0  # of those that left, there was a copy
+    mirrored: int = 0
+    tails: int = 0  # that went to the host with a pause
+    tails_back: int = 0
+    streamed: int = 0  # read for a step; those that stayed are among ``came_back`` too
+    fetched: int = 0  # while their request was paused
 
     @property
     def main_pages(self) -> int:
@@ -57,10 +67,40 @@ class Memory:
         self.backlog += pages
         self.d2h_pages += pages
 
+    def balance(self, live: Sequence[Job] = ()) -> list[str]:
+        """What does not add up, in words; ``live`` are those that still hold pages."""
+        faults = []
+        held = self.on_host(live)
+        if self.left != self.came_back + self.given_up + held:
+            faults.append(
+                f"{self.left} pages left the device, {self.came_back} came back, "
+                f"{self.given_up} were given up, and the host holds {held}"
+            )
+        written = self.left - self.reused + self.mirrored + self.tails
+        if self.d2h_pages != written:
+            faults.append(f"{self.d2h_pages} pages were written, {written} had to be")
+        read = self.streamed + self.fetched + self.tails_back
+        if self.h2d_pages != read:
+            faults.append(f"{self.h2d_pages} pages were read, {read} had to be")
+        if self.tails != self.tails_back + self.layers * sum(
+            job.view.phase == "paused" for job in live
+        ):
+            faults.append(f"{self.tails} tails left, {self.tails_back} came back")
+        return faults
+
     # --- one request ------------------------------------------------------------
+
+    def release(self, job: Job) -> None:
+        """Its request has ended or was thrown out: every copy is given up."""
+        self.given_up += job.on_host
+        job.goal, job.copied = None, 0
+        job.put(None)
 
     def set_aside(self, job: Job) -> None:
         """Its pages and its tail go to the host, but for those that are there already."""
+        self.left += job.resident
+        self.reused += job.copied
+        self.tails += self.layers
         self.write(job.resident - job.copied + self.layers)
         job.copied, job.goal, job.host = 0, None, None
         job.on_host = job.closed_pages
@@ -70,6 +110,8 @@ class Memory:
         moved = min(limit, job.on_host)
         job.on_host -= moved
         job.copied += moved
+        self.came_back += moved
+        self.fetched += moved
         self.h2d_pages += moved
         return moved
 
@@ -77,12 +119,14 @@ class Memory:
         """A paused request decodes again; what it still misses is streamed."""
         missing = job.on_host
         self.h2d_pages += self.layers  # its tail
+        self.tails_back += self.layers
         job.put(job.spread(missing) if missing else None)
 
     def mirror(self, job: Job, limit: int) -> int:
         """Pages copied to the host ahead of a pause; they stay in the arena."""
         moved = max(0, min(limit, job.resident - job.copied))
         job.copied += moved
+        self.mirrored += moved
         self.d2h_pages += moved
         return moved
 
@@ -95,6 +139,8 @@ class Memory:
         moved = before - job.resident
         written = max(0, moved - copied)
         job.copied = max(0, copied - moved)
+        self.left += moved
+        self.reused += moved - written
         self.write(written)
         return moved
 
@@ -110,6 +156,7 @@ class Memory:
         if back.any():
             job.put(now - back)
             job.copied += int(back.sum())
+            self.came_back += int(back.sum())
             now = now - back
         away = _first(np.maximum(0, goal - now), limit)
         return self.offload(job, now + away) if away.any() else 0

@@ -27,7 +27,7 @@ def find(name: str) -> PolicySpec:
         rules = frozenset({"feedback"})
         return PolicySpec(name, rules, streaming="all", victim="longest", mode=name)
     if name in PLACED:
-        return PolicySpec(name, placing="all-host")
+        return PolicySpec(name, placing="all-host")  # it spills; ``Placing`` goes by the name
     try:
         return find_policy(name)
     except ValueError as error:

@@ -20,6 +20,7 @@ from eval.sim import campaign, figures, studies
 from eval.sim.campaign import RESULTS, Row, key_of, row_of
 from eval.sim.scenario import Scenario
 from eval.sim.tables import Cells, cell_table, difference, grouped, mean, wide, worse
+from orbitflow_sglang.control.policies import RULES
 
 SAMPLE = 40
 CLAIMS = (  # ours, the metric, and how it is said
@@ -161,7 +162,7 @@ def _ablation(rows: list[Row]) -> list[str]:
     cells = grouped(rows)
     for ours in studies.OURS:
         paced = studies.PACED if ours.endswith(studies.PACED) else ""
-        names = [f"orbitflow:no-{rule}{paced}" for rule in studies.RULES]
+        names = [f"orbitflow:no-{rule}{paced}" for rule in RULES]
         names = [name for name in names if any(name in methods for methods in cells.values())]
         ordered = sorted(cells, key=lambda cell: cell.name)
         head = [f"`{ours}` minus", *(cell.name for cell in ordered)]

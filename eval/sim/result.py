@@ -36,9 +36,9 @@ def check(simulation: Simulation) -> None:
                 f"{job.rid}: {job.computed} prompt tokens computed, {job.asked_tokens} asked and "
                 f"{job.recomputed} thrown away"
             )
-        if job.on_host or job.host is not None:
-            raise Unbalanced(f"{job.rid}: ended with pages on the host")
-    if memory.used([]) or simulation.steps["pauses"] != simulation.steps["resumes"]:
+    if faults := memory.balance():
+        raise Unbalanced("; ".join(faults))
+    if simulation.steps["pauses"] != simulation.steps["resumes"]:
         raise Unbalanced(f"{simulation.steps}: pauses and resumes differ")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import product
 
 from eval.sim.scenario import Scenario
+from orbitflow_sglang.control.policies import RULES
 
 TUNING_SEEDS = (1, 2, 3)
 SEEDS = tuple(range(101, 111))
@@ -30,8 +31,6 @@ PAPERS = (
     *("distn-single", "paper-uniform", "paper"),
 )
 MAIN = (*OURS, *USERS, "static:8", "flexgen", "paper")
-RULES = ("streaming", "pause", "ordering", "admission", "chunking", "stand-aside", "deposit",
-         "feedback")  # fmt: skip
 SHORT_OF_MEMORY = {  # mixes whose requests are large enough for memory to be the bottleneck
     "a5000-8b": "MIX",
     "a6000-8b": "MIX*4",

@@ -15,7 +15,7 @@ from typing import Protocol
 from orbitflow_sglang.control import rules
 from orbitflow_sglang.control.planning import WINDOW_STEPS, Planning, Worker, placement_of
 from orbitflow_sglang.control.policies import PolicySpec
-from orbitflow_sglang.control.prompts import Prompts
+from orbitflow_sglang.control.prompts import PrefillCosts, Prompts
 from orbitflow_sglang.control.rules import Candidacy, Candidate
 from orbitflow_sglang.control.scene import Scene, lost, pages_ahead, pages_used
 from orbitflow_sglang.control.view import (
@@ -32,17 +32,11 @@ AVERAGE_SHARE = 0.1  # of a finished request in the averages
 REMEMBERED_REASONS = 64
 
 
-class Costs(Protocol):
+class Costs(PrefillCosts, Protocol):
     """What things take, as far as it is known now: ``feedback.Feedback``."""
-
-    def compute_s(self, batch: int, context_tokens: int) -> float:
-        """A decode step with everything resident, seconds."""
 
     def step_s(self, batch: int, context_tokens: int) -> float:
         """A decode step as steps go at present, with what copies beside it add, seconds."""
-
-    def prefill_s(self, tokens: int, context_tokens: int) -> float:
-        """Prefill of so many tokens behind so many others, seconds."""
 
     @property
     def page_transfer_s(self) -> float:

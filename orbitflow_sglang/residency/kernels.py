@@ -29,8 +29,8 @@ SOURCES = next(
 PREBUILT_ENV = "ORBITFLOW_KERNELS"  # a library that was compiled elsewhere
 CUDA_ALIGNMENT = 16  # bytes that the CUDA kernels copy at once
 COPY_BLOCKS = 32  # thread blocks of a copy: enough to fill a link, few of a GPU's processors
+INDEX_BLOCKS = 4  # for each layer of each request
 TRITON_BLOCK, TRITON_STEPS = 512, 4
-MOST_BLOCKS = 65_535
 
 
 class PageKernels(Protocol):
@@ -231,7 +231,7 @@ class CUDAKernels:
             ctypes.c_int64(indices.stride(0)), _pointer(table), ctypes.c_int64(layers),
             ctypes.c_int64(pages), _pointer(req_to_token),
             ctypes.c_int64(req_to_token.stride(0)), _pointer(rows), _pointer(indptr),
-            ctypes.c_int32(len(rows)), ctypes.c_int32(page_size), ctypes.c_int32(4),
+            ctypes.c_int32(len(rows)), ctypes.c_int32(page_size), ctypes.c_int32(INDEX_BLOCKS),
         )  # fmt: skip
 
     @staticmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -95,17 +96,21 @@ def has(owner: type[Any], name: str) -> bool:
     """Whether instances have that attribute: of the class, or set by one of its methods."""
     if hasattr(owner, name) or name in getattr(owner, "__annotations__", {}):
         return True
-    modules = {importlib.import_module(base.__module__) for base in owner.__mro__}
-    for module in modules:
-        if not module.__name__.startswith("sglang"):
-            continue
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if node.attr == name and ast.unparse(node.value) in ("self", "scheduler"):
-                    return True
-            elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
-                return True
-    return False
+    modules = {base.__module__ for base in owner.__mro__ if base.__module__.startswith("sglang")}
+    return any(name in assigned(module) for module in modules)
+
+
+@functools.cache
+def assigned(module: str) -> set[str]:
+    """Names that code of ``module`` sets on ``self``, or declares."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) in ("self", "scheduler"):
+                found.add(node.attr)
+        elif isinstance(node, ast.AnnAssign):
+            found.add(ast.unparse(node.target))
+    return found
 
 
 def contract() -> list[str]:

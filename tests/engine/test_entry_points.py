@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -29,8 +31,7 @@ from orbitflow_sglang.config import OrbitFlowConfig
 
 if __name__ == "__main__":
     model, wanted = json.loads(sys.argv[1])
-    OrbitFlowConfig(policy="static:1", arena_tokens=2048, host_memory_gb=0.2).export()
-    engine = sglang.Engine(model_path=model, dtype="float32")
+    ENGINE
     try:
         ids = []
         for prompt, tokens in wanted:
@@ -42,6 +43,8 @@ if __name__ == "__main__":
     finally:
         engine.shutdown()
 """
+EXPORTED = """OrbitFlowConfig(policy="static:1", arena_tokens=2048, host_memory_gb=0.2).export()
+    engine = sglang.Engine(model_path=model, dtype="float32")"""
 ENGINE_REFUSED = """
 import sys
 import sglang
@@ -55,6 +58,22 @@ if __name__ == "__main__":
 
 def ids(generations: list[Generation]) -> list[list[int]]:
     return [list(generation.output_ids) for generation in generations]
+
+
+def engine_script(folder: Path, engine: str) -> list[str]:
+    """Arguments for Python that run ``ENGINE_SCRIPT`` with an engine built by ``engine``."""
+    script = folder / "engine.py"
+    script.write_text(ENGINE_SCRIPT.replace("ENGINE", engine))
+    wanted = [(request.input_ids, request.max_new_tokens) for request in WANTED]
+    return [str(script), orjson.dumps([str(build(MODELS["llama"])), wanted]).decode()]
+
+
+def engine_result(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What the script printed."""
+    found = re.search(r"^RESULT (.*)$", run.stdout, re.MULTILINE)
+    assert found, run.stdout[-2000:] + run.stderr[-4000:]
+    result: dict[str, Any] = orjson.loads(found.group(1))
+    return result
 
 
 def test_sglang_serve_serves_the_tokens_of_stock_sglang(stock: Stock) -> None:
@@ -74,14 +93,7 @@ def test_sglang_serve_serves_the_tokens_of_stock_sglang(stock: Stock) -> None:
 def test_an_engine_built_behind_export_gives_the_tokens_of_stock_sglang(
     stock: Stock, tmp_path: Path
 ) -> None:
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE_SCRIPT)
-    wanted = [(request.input_ids, request.max_new_tokens) for request in WANTED]
-    argument = orjson.dumps([str(build(MODELS["llama"])), wanted]).decode()
-    run = run_python(str(script), argument)
-    found = re.search(r"^RESULT (.*)$", run.stdout, re.MULTILINE)
-    assert found, run.stdout[-2000:] + run.stderr[-4000:]
-    result = orjson.loads(found.group(1))
+    result = engine_result(run_python(*engine_script(tmp_path, EXPORTED)))
     assert result["orbitflow"]["policy"] == "static:1"
     assert result["orbitflow"]["d2h"]["bytes"] > 0
     assert result["ids"] == ids(stock.answers("llama", WANTED))

@@ -12,39 +12,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import orjson
 import pytest
 import requests
-from servers import CONCURRENCY, MODELS, Stock, in_full_only, orbitflow_args, run_python
-from test_entry_points import ARENA, WANTED, ids
+from servers import CONCURRENCY, Stock, in_full_only, orbitflow_args, run_python
+from test_entry_points import ARENA, WANTED, engine_result, engine_script, ids
 
 from eval.server import Server
-from eval.tiny_model import build
 from orbitflow_sglang import patches
 
-ENGINE_SCRIPT = """
-import json, sys
-import sglang
-
-if __name__ == "__main__":
-    model, wanted = json.loads(sys.argv[1])
-    engine = sglang.Engine(
+BY_NAME = """engine = sglang.Engine(
         model_path=model, dtype="float32", enable_orbitflow=True, orbitflow_policy="static:1",
         orbitflow_arena_tokens=2048, orbitflow_host_memory_gb=0.2,
-    )
-    try:
-        ids = []
-        for prompt, tokens in wanted:
-            sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": tokens}
-            answer = engine.generate(input_ids=prompt, sampling_params=sampling)
-            ids.append(answer["output_ids"])
-        info = engine.get_server_info()
-        (state,) = info["internal_states"]
-        fields = {name: info[name] for name in ("enable_orbitflow", "orbitflow_policy")}
-        print("RESULT", json.dumps({"ids": ids, "orbitflow": state["orbitflow"]} | fields))
-    finally:
-        engine.shutdown()
-"""
+    )"""
 
 
 @pytest.fixture(scope="module")
@@ -61,32 +40,20 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     shutil.rmtree(root)
 
 
-@pytest.fixture
-def engine_script(tmp_path: Path) -> list[str]:
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE_SCRIPT)
-    wanted = [(request.input_ids, request.max_new_tokens) for request in WANTED]
-    return [str(script), orjson.dumps([str(build(MODELS["llama"])), wanted]).decode()]
-
-
 @in_full_only
 def test_an_engine_takes_the_flags_by_name(
-    patched: dict[str, str], engine_script: list[str], stock: Stock
+    patched: dict[str, str], tmp_path: Path, stock: Stock
 ) -> None:
-    run = run_python(*engine_script, env=patched)
-    found = re.search(r"^RESULT (.*)$", run.stdout, re.MULTILINE)
-    assert found, run.stdout[-2000:] + run.stderr[-4000:]
-    result = orjson.loads(found.group(1))
+    result = engine_result(run_python(*engine_script(tmp_path, BY_NAME), env=patched))
     assert result["ids"] == ids(stock.answers("llama", WANTED))
-    assert result["orbitflow"]["policy"] == result["orbitflow_policy"] == "static:1"
+    assert result["orbitflow"]["policy"] == "static:1"
     assert result["orbitflow"]["d2h"]["bytes"] > 0
-    assert result["enable_orbitflow"] is True
 
 
-def test_an_engine_without_the_patches_says_how_to_get_them(engine_script: list[str]) -> None:
+def test_an_engine_without_the_patches_says_how_to_get_them(tmp_path: Path) -> None:
     if patches.report(patches.load(), patches.installed())[1]:
         pytest.skip("the installed SGLang is patched")
-    run = run_python(*engine_script)
+    run = run_python(*engine_script(tmp_path, BY_NAME))
     assert run.returncode != 0
     assert re.search(
         r"ConfigError: sgl\.Engine takes enable_orbitflow only from a patched SGLang: run "

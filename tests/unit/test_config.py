@@ -186,3 +186,11 @@ def test_a_configuration_in_the_variable_is_validated_too(monkeypatch: pytest.Mo
     monkeypatch.setenv(CONFIG_ENV, json.dumps({"ring_pages": 1}))
     with pytest.raises(ConfigError, match="--orbitflow-ring-pages"):
         OrbitFlowConfig.from_env()
+
+
+@pytest.mark.parametrize("rules", ["pause, chunking", ["pause", "chunking"], ("pause", "chunking")])
+def test_rules_may_be_listed_or_written_as_on_the_command_line(rules: object) -> None:
+    """As ``sgl.Engine(orbitflow_disable=...)`` of a patched SGLang hands them over."""
+    namespace = argparse.Namespace(enable_orbitflow=True, orbitflow_disable=rules)
+    found = config.from_arguments(namespace)
+    assert found is not None and found.disable == ("pause", "chunking")

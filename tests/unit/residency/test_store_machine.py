@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,13 +357,23 @@ class StoreMachine(RuleBasedStateMachine):
         parts = [self._uniform_part(layer, step)] if uniform else self.store.passes(layer)
         for part in parts:
             if link.random() < self.eagerness:
-                advance(self.store, link.choice([0, 1, 100]), link.choice([0, 1, 100]))
+                self._advance(link.choice([0, 1, 100]), link.choice([0, 1, 100]))
             assert len(part.pages) == len(part.tokens) == len(chunks)
             for i in range(len(chunks)):
-                found[i] += tokens_read(part, i, layer)
-        for i, (read, tokens) in enumerate(zip(step.reads, step.read_tokens, strict=True)):
-            expected = self.numbers[layer, read].reshape(-1)[:tokens]
-            assert sorted(found[i]) == sorted(expected.tolist()), f"layer {layer}, request {i}"
+                self._compute(lambda part=part, i=i: found[i].extend(tokens_read(part, i, layer)))
+        wanted = [
+            sorted(self.numbers[layer, read].reshape(-1)[:tokens].tolist())
+            for read, tokens in zip(step.reads, step.read_tokens, strict=True)
+        ]
+
+        def compare() -> None:
+            assert [sorted(numbers) for numbers in found] == wanted, f"layer {layer}"
+
+        self._compute(compare)
+
+    def _compute(self, work: Callable[[], None]) -> None:
+        """What the model would do with the pages it reads: at once here."""
+        work()
 
     def _write(self, layer: int, step: Step, uniform: bool) -> None:
         slots, size = step.slots, self.size
@@ -379,8 +390,13 @@ class StoreMachine(RuleBasedStateMachine):
     def _uniform_write(
         self, layer: int, where: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        for new, arena in zip((k, v), self.store.arena.layer_view(layer), strict=True):
-            arena.view(-1, *arena.shape[2:])[where] = new
+        views = self.store.arena.layer_view(layer)
+
+        def write() -> None:
+            for new, arena in zip((k, v), views, strict=True):
+                arena.view(-1, *arena.shape[2:])[where] = new
+
+        self._compute(write)
 
     def _uniform_part(self, layer: int, step: Step) -> LayerPass:
         k, v = self.store.arena.layer_view(layer)

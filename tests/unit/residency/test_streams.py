@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from fake_device import FakeCopier, FakeStreams
 from hypothesis import settings
 from residency_stores import (
@@ -25,12 +25,12 @@ from residency_stores import (
     tokens_read,
     vectors,
 )
-from test_store_machine import Chunk, StoreMachine
+from test_store_machine import StoreMachine
 
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.layout import Capacity
-from orbitflow_sglang.residency.store import ResidencyStore, Step
+from orbitflow_sglang.residency.store import ResidencyStore
 from orbitflow_sglang.residency.streams import StreamTransferEngine, run_begins
 
 pytestmark = pytest.mark.unit
@@ -61,33 +61,8 @@ class DeviceMachine(StoreMachine):
         for _ in range(h2d + d2h):
             self.streams._step()
 
-    def _layer(
-        self, layer: int, step: Step, chunks: list[Chunk], uniform: bool, link: random.Random
-    ) -> None:
-        self._write(layer, step, uniform)
-        found: list[list[int]] = [[] for _ in chunks]
-        parts = [self._uniform_part(layer, step)] if uniform else self.store.passes(layer)
-        for part in parts:
-            for i in range(len(chunks)):
-                self.store.engine.compute(
-                    lambda part=part, i=i: found[i].extend(tokens_read(part, i, layer))
-                )
-        wanted = [sorted(self.numbers[layer, read].reshape(-1)[:tokens].tolist())
-                  for read, tokens in zip(step.reads, step.read_tokens, strict=True)]  # fmt: skip
-
-        def compare() -> None:
-            assert [sorted(numbers) for numbers in found] == wanted, f"layer {layer}"
-
-        self.store.engine.compute(compare)
-
-    def _uniform_write(self, layer: int, where: torch.Tensor, k: Any, v: Any) -> None:
-        views = self.store.arena.layer_view(layer)
-
-        def write() -> None:
-            for new, arena in zip((k, v), views, strict=True):
-                arena.view(-1, *arena.shape[2:])[where] = new
-
-        self.store.engine.compute(write)
+    def _compute(self, work: Callable[[], None]) -> None:
+        self.store.engine.compute(work)
 
     def teardown(self) -> None:
         if hasattr(self, "streams"):

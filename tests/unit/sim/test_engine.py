@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from machines import LAYERS, machine, requests, serve
 
 from eval.sim import result
+from eval.sim.engine import Simulation
 from eval.sim.job import Job
 from eval.workload.requests import TraceRequest
 from orbitflow_sglang.slo import SLO
@@ -77,6 +78,32 @@ def test_swap_brings_back_what_it_set_aside() -> None:
     memory = simulation.memory
     # Nothing is streamed: each page comes back as often as it went, tails included.
     assert 0 < memory.h2d_pages <= memory.d2h_pages + LAYERS
+
+
+@pytest.mark.parametrize("policy", ["swap", "orbitflow", "static:1"])
+@pytest.mark.parametrize("book", ["left", "came_back", "given_up", "d2h_pages", "h2d_pages"])
+def test_a_page_that_is_lost_or_counted_twice_is_found(policy: str, book: str) -> None:
+    simulation = serve(policy, requests((0, 16, 24), (0, 16, 24), (0, 20, 20)), machine(64))
+    result.check(simulation)
+    setattr(simulation.memory, book, getattr(simulation.memory, book) + 1)
+    with pytest.raises(result.Unbalanced, match="pages"):
+        result.check(simulation)
+
+
+def test_the_books_balance_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+    pass_time = Simulation._pass
+
+    def watched(self: Simulation, seconds: float) -> None:
+        nonlocal steps
+        pass_time(self, seconds)
+        steps += 1
+        assert self.memory.balance(list(self._live.values())) == []
+
+    monkeypatch.setattr(Simulation, "_pass", watched)
+    for policy in ("swap", "orbitflow", "time-sliced-swap", "paper", "static:1", "retract"):
+        serve(policy, requests((0, 16, 24), (0, 16, 24), (0.1, 20, 20)), machine(64))
+    assert steps > 100
 
 
 def test_what_no_memory_holds_is_refused_and_counted() -> None:
