@@ -100,9 +100,12 @@ def _solve(
     pages = problem.pages_now
     if problem.layers < 2:  # no distance offloads a single layer
         return _plan(problem, np.zeros((len(pages), problem.layers), np.int64), active, None)
+    least = int(distance_columns(1, problem.layers)[1].min())  # layers that no distance offloads
     while True:
         rows = np.flatnonzero(active)
-        choice = choose(problem, pages[rows]) if len(rows) else None
+        # Under overload most tries fail, and on this alone: no solver is asked for those.
+        fits = least * int(pages[rows].sum()) <= problem.arena_pages
+        choice = choose(problem, pages[rows]) if len(rows) and fits else None
         if choice is not None or int((active & problem.is_request).sum()) <= 1:
             break
         running = np.flatnonzero(active & problem.is_request)
