@@ -15,7 +15,7 @@ STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help setup serve tiny-model demo test lint test-full bench-overhead bench-stream \
+.PHONY: help setup serve tiny-model demo test lint test-full gpu-check bench-overhead bench-stream \
   bench-planner eval eval-quick eval-full eval-live image-test clean
 .DEFAULT_GOAL := help
 
@@ -67,6 +67,11 @@ test-full: setup ## every test in full; writes eval/results/identity/
 	ORBITFLOW_TEST_FULL=1 ORBITFLOW_TEST_SUMMARY=eval/results/identity/summary.json \
 	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
 	  $(PY) -m pytest --timeout 3600 $(ARGS)
+
+gpu-check: setup ## what needs an NVIDIA GPU: every test marked gpu
+	@nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || \
+	  { echo "make gpu-check needs an NVIDIA GPU" >&2; exit 1; }
+	$(OFFLINE) $(PY) -m pytest -m gpu --timeout 1800 --durations 10 $(ARGS)
 
 bench-overhead: setup ## decode throughput, all resident, against stock SGLang
 	@$(OFFLINE) $(PY) -m eval.bench.overhead $(ARGS)

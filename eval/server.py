@@ -40,6 +40,10 @@ CPU_ENV: Mapping[str, str] = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "ORBITFLOW_CACHE_DIR": str(PROFILES),
 }
+# The platform that SGLang chooses, on whatever GPU there is.
+GPU_ENV: Mapping[str, str] = {
+    key: CPU_ENV[key] for key in ("HF_HUB_OFFLINE", "ORBITFLOW_CACHE_DIR")
+}
 # A configuration that leaked in from the outside would turn a stock server into another.
 LEFT_OUT_OF_ENV = ("ORBITFLOW_CONFIG",)
 LAUNCH_SERVER = ("-m", "sglang.launch_server")  # what the interpreter is given to run
@@ -93,13 +97,14 @@ class Server(Client):
         *,
         command: Sequence[str] = LAUNCH_SERVER,
         env: Mapping[str, str] | None = None,
+        base_env: Mapping[str, str] = CPU_ENV,
         port: int | None = None,
         log: Path | None = None,
         start_timeout_s: float = 240.0,
         timeout_s: float = 600.0,
         grace_s: float = 1.0,
     ) -> None:
-        """``env`` adds to the environment and ``CPU_ENV``; ``timeout_s`` is for one request.
+        """``env`` adds to the environment and ``base_env``; ``timeout_s`` is for one request.
 
         ``grace_s`` is how long the processes have between SIGTERM and SIGKILL. SGLang
         looks at a SIGTERM every 5 s only, so a short grace is the quick way to end it.
@@ -109,7 +114,7 @@ class Server(Client):
         self.args = [*args, "--host", HOST, "--port", str(self.port)]
         self.log = log or LOGS / f"server-{os.getpid()}-{self.port}.log"
         self._command = [sys.executable, *command]
-        self._env = dict(env or {})
+        self._env = dict(base_env) | dict(env or {})
         self._start_timeout_s = start_timeout_s
         self._grace_s = grace_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -129,7 +134,7 @@ class Server(Client):
             self._process = subprocess.Popen(
                 [*supervise, *self._command, *self.args],
                 cwd=ROOT,
-                env=environment | dict(CPU_ENV) | self._env,
+                env=environment | self._env,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -14,7 +14,8 @@ from orbitflow_sglang.control.policies import POLICY_HELP, RULES, PolicySpec, fi
 from orbitflow_sglang.slo import SLO
 
 CONFIG_ENV = "ORBITFLOW_CONFIG"
-ATTENTION_BACKEND = "orbitflow_torch"
+TORCH, FLASHINFER = "orbitflow_torch", "orbitflow_flashinfer"
+ATTENTION_BACKENDS = {"cpu": TORCH, "cuda": FLASHINFER}  # that read KV through the page table
 
 
 class ConfigError(ValueError):

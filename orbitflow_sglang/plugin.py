@@ -1,7 +1,7 @@
 """Entry point of ``sglang.srt.plugins``: what is wrapped in which process.
 
 Without ``--enable-orbitflow`` that is ``ServerArgs.add_cli_args`` and
-``ServerArgs.from_cli_args``, and the attention backend ``orbitflow_torch`` is offered. An
+``ServerArgs.from_cli_args``, and OrbitFlow's attention backends are offered. An
 unpatched ``sgl.Engine`` also learns to say what it needs to take our arguments.
 """
 
@@ -25,7 +25,7 @@ def register() -> None:
 def _register() -> None:
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
 
-    from orbitflow_sglang.config import ATTENTION_BACKEND, OrbitFlowConfig
+    from orbitflow_sglang.config import ATTENTION_BACKENDS, FLASHINFER, TORCH, OrbitFlowConfig
     from orbitflow_sglang.engine import hooks
 
     config = OrbitFlowConfig.from_env()
@@ -38,7 +38,7 @@ def _register() -> None:
         if config is not None:
             hooks.register(hooks.CONTROLLER)
         return
-    add_attention_backend_choices([ATTENTION_BACKEND])
+    add_attention_backend_choices(list(ATTENTION_BACKENDS.values()))
     if role is None:
         from orbitflow_sglang.engine import launcher
 
@@ -57,14 +57,21 @@ def _register() -> None:
         return
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    register_attention_backend(ATTENTION_BACKEND)(_attention_backend)
+    register_attention_backend(TORCH)(_torch_backend)
+    register_attention_backend(FLASHINFER)(_flashinfer_backend)
     if config is not None:
         hooks.register(hooks.SCHEDULER)
         if os.environ.get(hooks.TEST_CONTROL_ENV):
             hooks.register(hooks.TEST_CONTROL)
 
 
-def _attention_backend(model_runner: object) -> object:
+def _torch_backend(model_runner: object) -> object:
     from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
 
     return OrbitFlowTorchBackend(model_runner)
+
+
+def _flashinfer_backend(model_runner: object) -> object:
+    from orbitflow_sglang.engine.attention_flashinfer import OrbitFlowFlashInferBackend
+
+    return OrbitFlowFlashInferBackend(model_runner)

@@ -18,9 +18,10 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from orbitflow_sglang.config import ATTENTION_BACKEND
+from orbitflow_sglang.config import TORCH
+from orbitflow_sglang.engine.page_rows import HostRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
-from orbitflow_sglang.engine.runtime import StepInput, spans
+from orbitflow_sglang.engine.runtime import Runtime, StepInput, spans
 from orbitflow_sglang.residency.store import LayerPass
 
 
@@ -30,29 +31,23 @@ class OrbitFlowTorchBackend(AttentionBackend):
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.req_to_token = model_runner.req_to_token_pool.req_to_token.numpy()
-        self.reader: OrbitFlowReader | StockReader
+        rows = HostRows(model_runner.req_to_token_pool, self.token_to_kv_pool.page_size)
+        self.reader: Runtime | StockReader
         if isinstance(self.token_to_kv_pool, OrbitFlowKVPool):
-            self.reader = OrbitFlowReader(self.token_to_kv_pool, self.req_to_token)
+            self.reader = self.token_to_kv_pool.runtime
+            self.reader.rows = rows
         elif type(self.token_to_kv_pool) is MHATokenToKVPool:
-            self.reader = StockReader(self.token_to_kv_pool, self.req_to_token)
+            self.reader = StockReader(self.token_to_kv_pool, rows)
         else:
             raise ValueError(
-                f"--attention-backend {ATTENTION_BACKEND} serves plain multi-head or grouped-query "
+                f"--attention-backend {TORCH} serves plain multi-head or grouped-query "
                 f"attention; this model's KV pool is {type(self.token_to_kv_pool).__name__}: "
                 "use another attention backend"
             )
         self._new_tokens: list[int] = []
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        decode = forward_batch.forward_mode.is_decode_or_idle()
-        prefix_lens = None if decode else forward_batch.extend_prefix_lens_cpu
-        step = StepInput(
-            rows=forward_batch.req_pool_indices.tolist(),
-            seq_lens=_as_list(forward_batch.seq_lens_cpu, forward_batch.seq_lens),
-            prefix_lens=None if decode else _as_list(prefix_lens, forward_batch.extend_prefix_lens),
-            slots=forward_batch.out_cache_loc.numpy(),
-        )
+        step = StepInput.of(forward_batch)
         self._new_tokens = [n - b for n, b in zip(step.seq_lens, step.before, strict=True)]
         self.reader.begin(step)
 
@@ -88,7 +83,7 @@ class OrbitFlowTorchBackend(AttentionBackend):
     ) -> torch.Tensor:
         """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
         if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
-            raise NotImplementedError(f"{ATTENTION_BACKEND} serves decoder self-attention only")
+            raise NotImplementedError(f"{TORCH} serves decoder self-attention only")
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
         self._save(k, v, layer, forward_batch, save_kv_cache)
@@ -123,36 +118,20 @@ class OrbitFlowTorchBackend(AttentionBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
 
 
-class OrbitFlowReader:
-    """Pages of the residency store."""
-
-    def __init__(self, pool: OrbitFlowKVPool, req_to_token: np.ndarray) -> None:
-        self._runtime = pool.runtime
-        self._runtime.req_to_token = req_to_token
-
-    def begin(self, step: StepInput) -> None:
-        self._runtime.begin(step)
-
-    def passes(self, layer: int) -> Iterator[LayerPass]:
-        return self._runtime.passes(layer)
-
-
 class StockReader:
     """Pages of SGLang's own pool: each layer has its buffer, and one id names a page in all."""
 
-    def __init__(self, pool: MHATokenToKVPool, req_to_token: np.ndarray) -> None:
+    def __init__(self, pool: MHATokenToKVPool, rows: HostRows) -> None:
         self._pool = pool
-        self._req_to_token = req_to_token
-        self._pages: list[torch.Tensor] = []
+        self._rows = rows
+        self._ids = torch.empty(0, dtype=torch.int32)
+        self._counts: list[int] = []
         self._tokens: list[int] = []
 
     def begin(self, step: StepInput) -> None:
-        size = self._pool.page_size
-        _, read, self._tokens = spans(step, size)
-        self._pages = [
-            torch.from_numpy(self._req_to_token[row, : pages * size : size] // size)
-            for row, pages in zip(step.rows, read, strict=True)
-        ]
+        _, self._counts, self._tokens = spans(step, self._pool.page_size)
+        pages = map(self._rows.pages, step.rows, self._tokens)
+        self._ids = torch.from_numpy(np.concatenate(list(pages)))
 
     def passes(self, layer: int) -> Iterator[LayerPass]:
         size = self._pool.page_size
@@ -160,7 +139,7 @@ class StockReader:
             buffer.view(-1, size, *buffer.shape[1:])
             for buffer in (self._pool.get_key_buffer(layer), self._pool.get_value_buffer(layer))
         )
-        yield LayerPass(k, v, self._pages, self._tokens)
+        yield LayerPass(k, v, self._ids, self._counts, self._tokens, whole=True)
 
 
 class _Merge:
@@ -214,10 +193,3 @@ def _gather(part: LayerPass, pages: torch.Tensor, tokens: int) -> tuple[torch.Te
     """K and V of one request's pages, ``[tokens, kv_heads, head_dim]``."""
     k, v = (x.index_select(0, pages).flatten(0, 1)[:tokens] for x in (part.k, part.v))
     return k, v
-
-
-def _as_list(on_host: Any, on_device: torch.Tensor) -> list[int]:
-    """A batch's lengths: SGLang keeps some as a list, some as a tensor, some on the device only."""
-    if on_host is None:
-        on_host = on_device
-    return on_host.tolist() if isinstance(on_host, torch.Tensor) else list(on_host)

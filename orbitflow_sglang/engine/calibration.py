@@ -33,6 +33,7 @@ from orbitflow_sglang.planner.cost_model import (
     fit_transfer,
 )
 from orbitflow_sglang.residency.store import ResidencyStore
+from orbitflow_sglang.residency.transfer import TransferEngine
 
 logger = logging.getLogger(__name__)
 
@@ -250,8 +251,8 @@ def _transfer_models(
         device, host = store.arena.take_pages(count), store.host.take(count)
         try:
             for repeat in range(TRANSFER_REPEATS):
-                back = _timed(store.engine.write_back, device, host)
-                fetched = _timed(store.engine.fetch, host, device)
+                back = _timed(store.engine, store.engine.write_back, device, host)
+                fetched = _timed(store.engine, store.engine.fetch, host, device)
                 if repeat:  # the first one touches memory that may not have been there yet
                     d2h.append(TransferSample(count, back))
                     h2d.append(TransferSample(count, fetched))
@@ -261,9 +262,10 @@ def _transfer_models(
     return fit_transfer(h2d), fit_transfer(d2h)
 
 
-def _timed(copy: Any, sources: Any, targets: Any) -> float:
+def _timed(engine: TransferEngine, copy: Any, sources: Any, targets: Any) -> float:
     began = time.perf_counter()
-    copy(sources, targets).wait()
+    copy(sources, targets)
+    engine.drain()
     return time.perf_counter() - began
 
 

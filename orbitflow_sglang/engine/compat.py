@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,22 @@ from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.utils import get_device
 
 from orbitflow_sglang import SUPPORTED_SGLANG, patches
-from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError, OrbitFlowConfig
+from orbitflow_sglang.config import (
+    ATTENTION_BACKENDS,
+    FLASHINFER,
+    ConfigError,
+    OrbitFlowConfig,
+    flag,
+)
 from orbitflow_sglang.engine import hooks, profile_files, sizing
 
 logger = logging.getLogger(__name__)
 ResolutionHook = Callable[[Any, Callable[[Any], None]], None]
 
-CPU_PAGE_SIZE = 16
+PAGE_SIZE = 16
 
 # Field of ServerArgs, the values that are fine, why others are not. The flag is the
 # field's name with dashes; the fix is to leave the flag out.
@@ -77,6 +85,12 @@ _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("smg_grpc_mode", (False,), _PROCESS),
     ("grpc_mode", (False,), _PROCESS),
 )
+_ASKS_TO_FUSE = "enable_fused_set_kv_buffer"
+_NO_GRAPHS = "a step whose KV is partly on the host cannot be replayed from a graph yet"
+_CUDA_RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("cuda_graph_backend_decode", (None, "disabled"), _NO_GRAPHS),
+    ("cuda_graph_backend_prefill", (None, "disabled"), _NO_GRAPHS),
+)
 
 
 def check_sglang_version() -> None:
@@ -104,11 +118,18 @@ def choose_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     hooks.verify(hooks.LAUNCHER)
     view = resolving_view(server_args)
     check_arguments(view)
+    device = _device(view)
     if view.attention_backend is None:
-        _declare(server_args, attention_backend=ATTENTION_BACKEND)
+        _declare(server_args, attention_backend=ATTENTION_BACKENDS[device])
     if view.page_size is None:
-        _declare(server_args, page_size=CPU_PAGE_SIZE)
-        logger.info("OrbitFlow chose --page-size %d", CPU_PAGE_SIZE)
+        _declare(server_args, page_size=PAGE_SIZE)
+        logger.info("OrbitFlow chose --page-size %d", PAGE_SIZE)
+    if device == "cuda":
+        _declare(server_args, disable_overlap_schedule=True, disable_cuda_graph=True)
+        logger.warning(
+            "OrbitFlow has not been measured on a GPU yet. It serves without CUDA graphs and "
+            "without the overlap scheduler"
+        )
     previous(server_args)
 
 
@@ -129,6 +150,10 @@ def check_last(server_args: Any, previous: Callable[[Any], None]) -> None:
     sizing.check_sizes(config, layers, view.page_size, sizing.free_host_bytes())
     if config.profile is not None:
         profile_files.read_given(config.profile, layers)
+    if config.emulated_link_gb_per_s is not None and _device(view) != "cpu":
+        raise _refusal(
+            f"{flag('emulated_link_gb_per_s')} with --device {view.device}", "its link is real"
+        )
 
 
 def check_arguments(view: Any) -> None:
@@ -136,7 +161,8 @@ def check_arguments(view: Any) -> None:
 
     What is None is still to be resolved.
     """
-    for field, accepted, reason in _RULES:
+    device = _device(view)
+    for field, accepted, reason in (*_RULES, *(_CUDA_RULES if device == "cuda" else ())):
         value = getattr(view, field)
         if value not in accepted:
             given = "" if value is True else f" {value}"
@@ -149,19 +175,22 @@ def check_arguments(view: Any) -> None:
             f"{view.tokenizer_worker_num}: {_PROCESS}. Patch SGLang (python -m "
             "orbitflow_sglang.patches apply), or leave the flag out"
         )
-    if view.device is not None and view.device.split(":")[0] != "cpu":
+    if device not in ATTENTION_BACKENDS or (device == "cuda" and torch.version.hip):
         raise ConfigError(
-            f"--enable-orbitflow does not support --device {view.device} yet: the kernels that "
-            "attention needs there are still to come. Serve on the CPU (--device cpu, with "
-            "SGLANG_PLATFORM=orbitflow_native), or leave --enable-orbitflow out"
+            f"--enable-orbitflow does not support --device {device}: there are kernels for NVIDIA "
+            "GPUs and for the CPU (--device cpu, with SGLANG_PLATFORM=orbitflow_native). Use one "
+            "of these, or leave --enable-orbitflow out"
         )
+    usable = [ATTENTION_BACKENDS[device]]
+    if os.environ.get(hooks.TEST_CONTROL_ENV):  # with something in FlashInfer's place
+        usable.append(FLASHINFER)
     for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         backend = getattr(view, field)
-        if backend not in (None, ATTENTION_BACKEND):
-            flag = f"--{field.replace('_', '-')}"
+        if backend not in (None, *usable):
             raise ConfigError(
-                f"--enable-orbitflow does not support {flag} {backend}: it does not "
-                f"read KV through the page table. Use {ATTENTION_BACKEND}, or leave the flag out"
+                f"--enable-orbitflow does not support --{field.replace('_', '-')} {backend}: it "
+                f"does not read KV through the page table, or not on --device {device}. Use "
+                f"{usable[0]}, or leave the flag out"
             )
     if view.chunked_prefill_size is not None and view.chunked_prefill_size <= 0:
         raise _refusal(
@@ -173,6 +202,12 @@ def check_arguments(view: Any) -> None:
             raise _refusal(variable, _PROCESS if "RUST" in variable else _BUFFERS)
 
 
+def _device(view: Any) -> str:
+    """What SGLang serves on, also while that is still to be resolved."""
+    device: str = view.device or get_device()
+    return device.split(":")[0]
+
+
 def check_model(model: Any) -> None:
     """Raise ``ConfigError`` when the model's KV is not plain multi-head or grouped-query."""
     text = model.hf_text_config
@@ -180,7 +215,7 @@ def check_model(model: Any) -> None:
     kinds = {
         "multi-head latent attention": model.attention_arch == AttentionArch.MLA,
         # SGLang keeps a pool of its own for some such models only; the attention of the
-        # others comes with a window, which orbitflow_torch would ignore.
+        # others comes with a window, which our attention would ignore.
         "sliding-window attention": model.is_hybrid_swa or "sliding_attention" in layer_types,
         "a cap on attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
         "state-space or linear-attention layers": (
@@ -201,7 +236,7 @@ def check_model(model: Any) -> None:
 
 
 def check_layers(model: torch.nn.Module) -> None:
-    """Raise ``ConfigError`` for attention that ``orbitflow_torch`` would compute without a part.
+    """Raise ``ConfigError`` for attention that our backends would compute without a part.
 
     Called on the loaded model: its configuration need not tell, its layers do.
     """
@@ -218,6 +253,17 @@ def check_layers(model: torch.nn.Module) -> None:
                     f"--enable-orbitflow does not support this model: its attention has {kind}. "
                     "Serve it without --enable-orbitflow"
                 )
+
+
+def write_kv_apart(model: torch.nn.Module) -> None:
+    """Have models leave it to the attention backend to store KV.
+
+    On a GPU some of them do it in the kernel of the rotary embedding, to buffers that the pool
+    does not have. They ask a function first, each under a name in its own module.
+    """
+    for name in {type(module).__module__ for module in model.modules()}:
+        if hasattr(module := sys.modules[name], _ASKS_TO_FUSE):
+            setattr(module, _ASKS_TO_FUSE, lambda forward_batch: False)
 
 
 def _refusal(what: str, reason: str) -> ConfigError:

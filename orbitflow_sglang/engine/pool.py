@@ -85,8 +85,8 @@ class OrbitFlowKVPool(MHATokenToKVPool):
 
     def _no_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            "with OrbitFlow a token slot has no address of its own: use the orbitflow_torch "
-            "attention backend, and no feature that copies KV by slot"
+            "with OrbitFlow a token slot has no address of its own: use OrbitFlow's attention "
+            "backend, and no feature that copies KV by slot"
         )
 
     _get_key_buffer = _get_value_buffer = _no_buffer
@@ -101,7 +101,7 @@ class OrbitFlowAllocator(PagedTokenToKVPoolAllocator):
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         store = self._kvcache.runtime.store
-        pages = np.concatenate([ids.numpy() for ids in page_ids])
+        pages = np.concatenate([ids.cpu().numpy() for ids in page_ids])
         store.free(pages[store.table.in_use[pages]])  # a page never written has no place yet
         super()._release_page_ids(*page_ids)
 

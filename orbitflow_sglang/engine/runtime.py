@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from orbitflow_sglang.engine.page_rows import PageRows
 from orbitflow_sglang.engine.placement import LiveRequest, Placer, PolicyPlacer, joined
 from orbitflow_sglang.planner.cost_model import Profile
 from orbitflow_sglang.planner.policies import Policy
+from orbitflow_sglang.residency.device import to_device
 from orbitflow_sglang.residency.store import NO_PAGES, LayerPass, ResidencyStore, Step
 
 
@@ -37,12 +39,33 @@ class StepInput:
             return [length - 1 for length in self.seq_lens]
         return self.prefix_lens
 
+    @staticmethod
+    def of(forward_batch: Any) -> StepInput:
+        """Of SGLang's ``ForwardBatch``."""
+        decode = forward_batch.forward_mode.is_decode_or_idle()
+        rows = _as_list(forward_batch.req_pool_indices_cpu, forward_batch.req_pool_indices)
+        lengths = _as_list(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
+        prefix_lens = None
+        if not decode:
+            prefix_lens = _as_list(
+                forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens
+            )
+        return StepInput(rows, lengths, prefix_lens, forward_batch.out_cache_loc.cpu().numpy())
+
+
+def _as_list(on_host: Any, on_device: torch.Tensor) -> list[int]:
+    """A batch's numbers: SGLang keeps some as a list, some as a tensor, some on the device only."""
+    if on_host is None:
+        on_host = on_device
+    return on_host.tolist() if isinstance(on_host, torch.Tensor) else list(on_host)
+
 
 @dataclass
 class _Uniform:
     """A step in which a page lies at one id in every layer."""
 
-    pages: list[torch.Tensor]
+    ids: torch.Tensor
+    counts: list[int]
     tokens: list[int]
     slots: torch.Tensor
 
@@ -79,7 +102,7 @@ class Runtime:
         self.profile_origin: ProfileOrigin | None = None
         self.counters = Counters()
         self.decode_batch_sizes: Counter[int] = Counter()
-        self.req_to_token = np.zeros((0, 0), dtype=np.int32)
+        self.rows: PageRows  # set by the attention backend
         self.live: Callable[[], list[LiveRequest]] = list
         self.cached_pages: Callable[[], np.ndarray] = lambda: NO_PAGES  # of the radix tree
         self.before_step: Callable[[Runtime], None] | None = None  # test control only
@@ -111,9 +134,8 @@ class Runtime:
         self.counters.steps += 1
         if step.prefix_lens is None:
             self.decode_batch_sizes[len(step.rows)] += 1
-        pages = [
-            self._pages(row, length) for row, length in zip(step.rows, step.seq_lens, strict=True)
-        ]
+        self.rows.written(step.rows, step.seq_lens)
+        pages = list(map(self.rows.pages, step.rows, step.seq_lens))
         self._uniform = None if self.placer.spills else self._begin_uniform(step, pages)
         if self._uniform is None:
             self.counters.tiered_steps += 1
@@ -136,7 +158,8 @@ class Runtime:
             yield from self.store.passes(layer)
         else:
             k, v = self.store.arena.layer_view(layer)
-            yield LayerPass(k, v, self._uniform.pages, self._uniform.tokens)
+            step = self._uniform
+            yield LayerPass(k, v, step.ids, step.counts, step.tokens, whole=True)
 
     def end(self) -> None:
         """The forward pass is over, or was given up."""
@@ -146,7 +169,7 @@ class Runtime:
 
     def pages_of(self, request: LiveRequest) -> np.ndarray:
         """Logical pages of a request, in the order of its tokens."""
-        return self._pages(request.row, request.tokens)
+        return self.rows.pages(request.row, request.tokens)
 
     # --- between steps --------------------------------------------------------
 
@@ -175,10 +198,6 @@ class Runtime:
 
     # --- inside ---------------------------------------------------------------
 
-    def _pages(self, row: int, tokens: int) -> np.ndarray:
-        size = self.store.layout.page_size
-        return self.req_to_token[row, :tokens:size] // size
-
     def _begin_uniform(self, step: StepInput, pages: list[np.ndarray]) -> _Uniform | None:
         size = self.store.layout.page_size
         first_new, read, tokens = spans(step, size)
@@ -187,13 +206,13 @@ class Runtime:
         starts = self.store.begin_uniform(np.concatenate(pages), new[new > 0], written)
         if starts is None:
             return None
-        extent = self.store.table.extent
-        ids = torch.from_numpy(starts).split([len(p) for p in pages])
-        return _Uniform(
-            pages=[i[:n] for i, n in zip(ids, read, strict=True)],
-            tokens=tokens,
-            slots=torch.from_numpy(extent[written].astype(np.int64) * size + step.slots % size),
-        )
+        if step.prefix_lens is not None:  # an extend step does not read what it writes
+            ends = np.cumsum([len(p) for p in pages])[:-1]
+            each = zip(np.split(starts, ends), read, strict=True)
+            starts = np.concatenate([ids[:count] for ids, count in each])
+        extent, device = self.store.table.extent, self.store.arena.k.device
+        slots = extent[written].astype(np.int64) * size + step.slots % size
+        return _Uniform(to_device(starts, device), read, tokens, to_device(slots, device))
 
     def _begin_tiered(self, step: StepInput, pages: list[np.ndarray]) -> None:
         live, size = self.live(), self.store.layout.page_size

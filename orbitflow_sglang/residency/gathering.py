@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from orbitflow_sglang.residency.arena import Arena
+from orbitflow_sglang.residency.device import to_device
 from orbitflow_sglang.residency.page_table import PageState, PageTable
 
 # Of the pages that a step reads one in so many is gathered: moving those adds at most a
@@ -104,8 +104,8 @@ class Gathering:
 
     def _move(self, changed: np.ndarray) -> None:
         device = self._arena.k.device
-        target = torch.from_numpy(changed.astype(np.int64)).to(device)
-        source = torch.from_numpy(self._content[changed]).to(device)
+        target = to_device(changed.astype(np.int64), device)
+        source = to_device(self._content[changed], device)
 
         def move() -> None:
             for tensor in (self._arena.k, self._arena.v):

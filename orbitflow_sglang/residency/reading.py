@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from orbitflow_sglang.residency.arena import Arena
+from orbitflow_sglang.residency.device import to_device
 from orbitflow_sglang.residency.page_table import PageTable
 from orbitflow_sglang.residency.staging import StagingRing
 from orbitflow_sglang.residency.step import NO_PAGES, LayerPass, Step
@@ -30,19 +30,23 @@ class Reading:
         self._page_size = page_size
         self._pages = np.concatenate([NO_PAGES, *step.reads])
         self._counts = [len(read) for read in step.reads]
-        self._ids = torch.from_numpy(table.device_page[:, self._pages])
+        self._device = arena.k.device
+        self._ids = to_device(table.device_page[:, self._pages], self._device)
 
     def passes(self, layer: int) -> Iterator[LayerPass]:
         """The parts in which ``layer`` is attended; a part is valid until the next is asked for."""
         ring = self._ring
         pieces = ring.pieces(layer)
         if not pieces:
-            yield self._pass(self._ids[layer], self._counts, self._step.read_tokens)
+            yield LayerPass(
+                self._arena.k, self._arena.v, self._ids[layer], self._counts,
+                self._step.read_tokens, whole=True,
+            )  # fmt: skip
         elif ring.in_one_pass(layer):
             for piece in pieces:
                 ring.wait(piece)
-            ids = torch.from_numpy(self._table.device_page[layer, self._pages])
-            yield self._pass(ids, self._counts, self._step.read_tokens)
+            ids = self._table.device_page[layer, self._pages]
+            yield self._pass(ids, self._counts, self._step.read_tokens, whole=True)
             for piece in pieces:
                 ring.release(piece)
         else:
@@ -55,13 +59,16 @@ class Reading:
                 ring.pump(layer)
         ring.pump(layer + 1)
 
-    def _pass(self, ids: torch.Tensor, counts: list[int], tokens: list[int]) -> LayerPass:
-        return LayerPass(self._arena.k, self._arena.v, list(ids.split_with_sizes(counts)), tokens)
+    def _pass(
+        self, ids: np.ndarray, counts: list[int], tokens: list[int], whole: bool
+    ) -> LayerPass:
+        on_device = to_device(ids, self._device)
+        return LayerPass(self._arena.k, self._arena.v, on_device, counts, tokens, whole)
 
     def _part(self, layer: int, pages: np.ndarray, invert: bool = False) -> LayerPass:
         """Only those pages of every request that are in ``pages`` (or are not)."""
         wanted = np.full(self._table.in_use.shape, invert)
         wanted[pages] = not invert
         reads, tokens = self._step.part(wanted, self._page_size)
-        ids = torch.from_numpy(self._table.device_page[layer, np.concatenate([NO_PAGES, *reads])])
-        return self._pass(ids, [len(read) for read in reads], tokens)
+        ids = self._table.device_page[layer, np.concatenate([NO_PAGES, *reads])]
+        return self._pass(ids, [len(read) for read in reads], tokens, whole=False)

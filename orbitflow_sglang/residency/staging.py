@@ -177,6 +177,7 @@ class StagingRing:
 
     def end(self) -> None:
         """The step is over: nothing of it is left in the ring but what is for the next."""
+        self.stall_s += self._engine.take_stall_s()
         self._todo.clear()
         for piece in chain.from_iterable(self._pieces):
             if piece.transfer is not None:  # the step was given up before its turn

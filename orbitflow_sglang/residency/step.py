@@ -48,12 +48,19 @@ class Step:
 class LayerPass:
     """A part of one layer's attention: what may be read at once.
 
-    ``pages[i]`` are arena pages of request i holding ``tokens[i]`` tokens, the last
-    page perhaps partly filled; there may be none. ``k`` and ``v``, ``[pages,
-    page_size, kv_heads, dim]``, are what the page ids index.
+    ``ids`` are arena pages, integers, ``counts[i]`` of them of request i, which hold
+    ``tokens[i]`` tokens, the last page perhaps partly filled; there may be none. ``k`` and
+    ``v``, ``[pages, page_size, kv_heads, dim]``, are what the page ids index.
     """
 
     k: torch.Tensor
     v: torch.Tensor
-    pages: list[torch.Tensor]
+    ids: torch.Tensor
+    counts: list[int]
     tokens: list[int]
+    whole: bool  # it is all that the layer attends to
+
+    @property
+    def pages(self) -> list[torch.Tensor]:
+        """The pages of each request."""
+        return list(self.ids.split_with_sizes(self.counts))

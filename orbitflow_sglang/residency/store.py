@@ -19,6 +19,7 @@ from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.ahead import Arrivals
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.check import violations
+from orbitflow_sglang.residency.device import to_device
 from orbitflow_sglang.residency.engines import engine_for
 from orbitflow_sglang.residency.gathering import Gathering
 from orbitflow_sglang.residency.host_store import HostStore
@@ -226,8 +227,7 @@ class ResidencyStore:
         self.step = step
         pages = np.flatnonzero(batch)
         self._gathering.gather(pages)
-        state = table.state[:, pages]
-        device = table.device_page[:, pages]
+        state, device = table.state[:, pages], table.device_page[:, pages]
         away = (state == PageState.HOST) | (state == PageState.TO_DEVICE)
         away |= (state == PageState.TO_HOST) & (device < 0)
         homeless = (device < 0) | (device >= self.arena.ring_start)
@@ -235,11 +235,11 @@ class ResidencyStore:
         if self.arena.num_free < need:
             self._evict(self._cached_pages(), need)  # in part for a later step: copies take time
         self.ring.begin([pages[row] for row in away])
-        size = self.layout.page_size
-        self._reading = Reading(step, table, self.arena, self.ring, size)
+        size = np.int64(self.layout.page_size)
+        self._reading = Reading(step, table, self.arena, self.ring, self.layout.page_size)
         self._places = table.device_page[:, step.slots // size]
         self._some_away = bool((self._places < 0).any())
-        self._slots = torch.from_numpy(self._places * np.int64(size) + step.slots % size)
+        self._slots = to_device(self._places * size + step.slots % size, self.arena.k.device)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store the step's new K and V of one layer, ``[tokens, kv_heads, dim]``.
@@ -253,7 +253,7 @@ class ResidencyStore:
         places, slots = self._places[layer], self._slots[layer]
         rows = None
         if self._some_away:
-            rows = torch.from_numpy(np.flatnonzero(places >= 0))
+            rows = to_device(np.flatnonzero(places >= 0), slots.device)
             slots = slots[rows]
         self.engine.compute(lambda: self.arena.write(slots, rows, k, v))
         if len(step.new_full):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from orbitflow_sglang.residency.arena import Arena
+from orbitflow_sglang.residency.device import to_device
 from orbitflow_sglang.residency.host_store import HostStore
 from orbitflow_sglang.residency.transfer import LinkStats, Transfer, TransferEngine
 
@@ -38,14 +39,14 @@ class Streams(Protocol):
     def copy(self, direction: int, work: Callable[[], None]) -> Event:
         """Queue a copy behind all that compute has been asked for; the event is its end."""
 
-    def compute_waits(self, event: Event) -> None:
-        """What compute is asked for from now on comes behind ``event``."""
+    def compute_waits(self, event: Event) -> Event:
+        """What compute is asked for from now on comes behind ``event``; the end of its wait."""
 
     def query(self, event: Event) -> bool:
         """Whether ``event`` has come."""
 
     def seconds(self, event: Event) -> float:
-        """How long the copy that ends with ``event`` took; it has come."""
+        """How long the copy, or the wait, that ends with ``event`` took; it has come."""
 
     def synchronize(self) -> None:
         """Return when both directions are idle."""
@@ -68,9 +69,10 @@ class PageCopier(Protocol):
 class StreamTransfer(Transfer):
     """A copy on a stream."""
 
-    def __init__(self, nbytes: int, streams: Streams, event: Event) -> None:
+    def __init__(self, nbytes: int, streams: Streams, event: Event, waits: deque[Event]) -> None:
         super().__init__(nbytes)
         self._streams = streams
+        self._waits = waits
         self.event = event
 
     @property
@@ -78,7 +80,7 @@ class StreamTransfer(Transfer):
         return self._streams.query(self.event)
 
     def wait(self) -> None:
-        self._streams.compute_waits(self.event)
+        self._waits.append(self._streams.compute_waits(self.event))
 
 
 class StreamTransferEngine(TransferEngine):
@@ -92,6 +94,7 @@ class StreamTransferEngine(TransferEngine):
         self._copier = copier
         self._stats = LinkStats(), LinkStats()
         self._under_way: tuple[deque[StreamTransfer], deque[StreamTransfer]] = deque(), deque()
+        self._waits: deque[Event] = deque()
 
     def compute(self, work: Callable[[], None]) -> None:
         self._streams.compute(work)
@@ -119,6 +122,12 @@ class StreamTransferEngine(TransferEngine):
 
         return self._submit(1, copy, len(host_pages))
 
+    def take_stall_s(self) -> float:
+        seconds = 0.0
+        while self._waits and self._streams.query(self._waits[0]):
+            seconds += self._streams.seconds(self._waits.popleft())
+        return seconds
+
     def drain(self) -> None:
         self._streams.synchronize()
         self._count()
@@ -142,7 +151,8 @@ class StreamTransferEngine(TransferEngine):
 
     def _submit(self, direction: int, copy: Callable[[], None], pages: int) -> Transfer:
         event = self._streams.copy(direction, copy)
-        transfer = StreamTransfer(pages * self._page_bytes, self._streams, event)
+        nbytes = pages * self._page_bytes
+        transfer = StreamTransfer(nbytes, self._streams, event, self._waits)
         self._under_way[direction].append(transfer)
         return transfer
 
@@ -174,8 +184,12 @@ class CUDAStreams:
             end.record()
         return begin, end
 
-    def compute_waits(self, event: Event) -> None:
+    def compute_waits(self, event: Event) -> Event:
+        begin, end = _timer(), _timer()
+        begin.record()
         torch.cuda.current_stream().wait_event(event[1])
+        end.record()
+        return begin, end
 
     def query(self, event: Event) -> bool:
         return bool(event[1].query())
@@ -219,9 +233,7 @@ class CUDACopier:
         )
 
     def _ids(self, ids: np.ndarray) -> torch.Tensor:
-        # PyTorch keeps pinned memory until the copy from it is over.
-        pinned = torch.from_numpy(ids.astype(np.int32)).pin_memory()
-        return pinned.to(self._device, non_blocking=True)
+        return to_device(ids.astype(np.int32), self._device)
 
     def _count(self, ids: np.ndarray) -> torch.Tensor:
         return _constant(len(ids), self._device)

@@ -117,6 +117,11 @@ class TransferEngine(ABC):
         """Have ``work``, which writes or reads the arena, done in the order of these calls."""
         work()
 
+    def take_stall_s(self) -> float:
+        """How long compute has stood still for copies since the last call, as far as it is
+        known and whoever asked for it was not held up himself."""
+        return 0.0
+
     @abstractmethod
     def drain(self) -> None:
         """Return when nothing is under way; raises once if the last copy of one failed."""

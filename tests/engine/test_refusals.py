@@ -11,17 +11,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from servers import run_python
 
 from eval.server import Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
 from orbitflow_sglang import SUPPORTED_SGLANG, patches
-from orbitflow_sglang.config import ATTENTION_BACKEND, ConfigError
+from orbitflow_sglang.config import FLASHINFER, TORCH, ConfigError
 
 # Of a server that works; each test changes one of them.
 ACCEPTED: dict[str, Any] = {
     "device": "cpu",
-    "attention_backend": ATTENTION_BACKEND,
+    "attention_backend": TORCH,
     "prefill_attention_backend": None,
     "decode_attention_backend": None,
     "chunked_prefill_size": 4096,
@@ -80,7 +81,8 @@ def compat() -> ModuleType:
 
 def view(compat: ModuleType, **changed: Any) -> SimpleNamespace:
     """Resolved arguments that are fine, but for those ``changed``."""
-    fine = {field: accepted[0] for field, accepted, _ in compat._RULES}
+    rules = (*compat._RULES, *compat._CUDA_RULES)
+    fine = {field: accepted[0] for field, accepted, _ in rules}
     return SimpleNamespace(**{**fine, **ACCEPTED, **changed})
 
 
@@ -124,11 +126,48 @@ def test_workers_of_the_tokenizer_are_refused_without_the_patch(
     compat.check_arguments(view(compat, tokenizer_worker_num=2))
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "xpu"])
-def test_another_device_is_refused_with_the_way_to_the_cpu(compat: ModuleType, device: str) -> None:
-    message = refusal_of(compat, device=device)
-    assert f"--device {device} yet: the kernels" in message
+def test_another_device_is_refused_with_those_there_are(
+    compat: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refusal_of(compat, device="xpu")
+    assert "--device xpu: there are kernels for NVIDIA GPUs and for the CPU" in message
     assert "--device cpu, with SGLANG_PLATFORM=orbitflow_native" in message
+    compat.check_arguments(view(compat, device="cuda:0", attention_backend=FLASHINFER))
+    monkeypatch.setattr(compat.torch.version, "hip", "6.4")  # SGLang calls it cuda as well
+    assert "kernels for NVIDIA GPUs" in refusal_of(
+        compat, device="cuda", attention_backend=FLASHINFER
+    )
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_graphs_are_refused_on_a_gpu(compat: ModuleType, phase: str) -> None:
+    field = f"cuda_graph_backend_{phase}"
+    on_gpu = {"device": "cuda", "attention_backend": FLASHINFER}
+    compat.check_arguments(view(compat, **on_gpu, **{field: "disabled"}))
+    message = refusal_of(compat, **on_gpu, **{field: "full"})
+    assert f"--cuda-graph-backend-{phase} full: a step whose KV is partly on the host" in message
+
+
+def test_each_device_has_an_attention_backend_of_its_own(
+    compat: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"not on --device cuda. Use {FLASHINFER}" in refusal_of(compat, device="cuda")
+    assert f"not on --device cpu. Use {TORCH}" in refusal_of(compat, attention_backend=FLASHINFER)
+    monkeypatch.setenv("ORBITFLOW_TEST_CONTROL", "resident")
+    compat.check_arguments(view(compat, attention_backend=FLASHINFER))
+
+
+def test_models_that_store_kv_in_another_kernel_are_told_not_to(compat: ModuleType) -> None:
+    from sglang.srt.models import qwen3_moe
+
+    asks = qwen3_moe.enable_fused_set_kv_buffer
+    part = type("Part", (torch.nn.Module,), {"__module__": qwen3_moe.__name__})()
+    try:
+        compat.write_kv_apart(torch.nn.Sequential(part))
+        assert qwen3_moe.enable_fused_set_kv_buffer is not asks
+        assert qwen3_moe.enable_fused_set_kv_buffer(None) is False
+    finally:
+        qwen3_moe.enable_fused_set_kv_buffer = asks
 
 
 @pytest.mark.parametrize(
@@ -139,7 +178,7 @@ def test_another_attention_backend_is_refused_by_the_flag_that_chose_it(
 ) -> None:
     message = refusal_of(compat, **{field: "flashinfer"})
     assert f" --{field.replace('_', '-')} flashinfer: it does not read KV through" in message
-    assert f"Use {ATTENTION_BACKEND}, or leave the flag out" in message
+    assert f"Use {TORCH}, or leave the flag out" in message
 
 
 @pytest.mark.parametrize("size", [-1, 0])
@@ -387,7 +426,8 @@ SERVERS: dict[str, tuple[list[str], str]] = {
     "attention backend": (
         ["--enable-orbitflow", "--attention-backend", "torch_native"],
         "--enable-orbitflow does not support --attention-backend torch_native: it does not read "
-        f"KV through the page table. Use {ATTENTION_BACKEND}, or leave the flag out",
+        "KV through the page table, or not on --device cpu. Use orbitflow_torch, or leave the "
+        "flag out",
     ),
     "two sizes": (
         ["--enable-orbitflow", "--orbitflow-arena-tokens", "10",

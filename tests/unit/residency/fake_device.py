@@ -54,8 +54,12 @@ class FakeStreams:
         self._go_on()
         return job.end
 
-    def compute_waits(self, event: Event) -> None:
+    def compute_waits(self, event: Event) -> Event:
         self._awaited.append(event)
+        mark = Job(lambda: None, self._awaited)
+        self._awaited = []
+        self._queues[COMPUTE].append(mark)
+        return mark.end
 
     def query(self, event: Event) -> bool:
         self._go_on()

@@ -58,7 +58,8 @@ def test_uniform_and_tiered_steps_see_the_same_pages() -> None:
     starts = store.begin_uniform(ids(3, 1), ids(), ids(3, 1))
     assert starts is not None
     for layer in range(LAYERS):
-        part = LayerPass(*store.arena.layer_view(layer), [torch.from_numpy(starts)], [4])
+        view = store.arena.layer_view(layer)
+        part = LayerPass(*view, torch.from_numpy(starts), [2], [4], whole=True)
         assert tokens_read(part, 0, layer) == number_of(ids(6, 7, 2, 3)).tolist()
     assert store.begin_uniform(ids(0), ids(), ids(0)) == 0, "padding is at its extent"
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from residency_stores import advance, make_store, tokens_read, vectors
 
 from orbitflow_sglang.residency import ResidencyError
-from orbitflow_sglang.residency.store import LayerPass, ResidencyStore, Step
+from orbitflow_sglang.residency.store import NO_PAGES, LayerPass, ResidencyStore, Step
 
 # Hypothesis likes the same few numbers best: three of them are seldom the same three.
 seeds = st.tuples(*[st.integers(0, 2**32 - 1)] * 3)
@@ -400,8 +400,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _uniform_part(self, layer: int, step: Step) -> LayerPass:
         k, v = self.store.arena.layer_view(layer)
-        pages = [torch.from_numpy(self.store.table.extent[read]) for read in step.reads]
-        return LayerPass(k, v, pages, step.read_tokens)
+        pages = torch.from_numpy(self.store.table.extent[np.concatenate([NO_PAGES, *step.reads])])
+        counts = [len(read) for read in step.reads]
+        return LayerPass(k, v, pages, counts, step.read_tokens, whole=True)
 
 
 # Of this test alone: a profile that is loaded would hold for every other test too.

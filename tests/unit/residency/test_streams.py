@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import FakeCopier, FakeStreams
+from fake_device import Event, FakeCopier, FakeStreams
 from hypothesis import settings
 from residency_stores import (
     ids,
@@ -120,7 +120,7 @@ def test_copies_that_do_not_wait_for_compute_are_found_out() -> None:
 def test_reads_that_do_not_wait_for_their_copy_are_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(FakeStreams, "compute_waits", lambda self, event: None)
+    monkeypatch.setattr(FakeStreams, "compute_waits", lambda self, event: Event(come=True))
     wanted = number_of(np.arange(2, 6)).tolist()
     failed = 0
     for seed in range(20):
@@ -146,6 +146,21 @@ def test_what_has_moved_is_counted_once_it_has() -> None:
     engine.forget()
     assert engine.d2h.transfers == 0
     engine.close()
+
+
+def test_what_compute_has_waited_is_counted_once_it_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeStreams, "seconds", lambda self, event: 0.25)
+    streams = FakeStreams(0)
+    store = store_on(streams, layers=2, page_size=2, main=8, ring=4)
+    transfer = store.engine.fetch(ids(0), ids(store.arena.ring_start))
+    transfer.wait()
+    assert store.engine.take_stall_s() == 0, "compute has not got there"
+    streams.finish()
+    store.ring.end()
+    assert store.ring.stall_s == 0.25
+    assert store.engine.take_stall_s() == 0, "taken"
 
 
 def test_runs_are_stretches_in_which_both_sides_go_up_by_one() -> None:

@@ -1,0 +1,132 @@
+"""FlashInfer over KV pages, wherever they lie: backend ``orbitflow_flashinfer``, for NVIDIA GPUs.
+
+Kernels and plans are those of SGLang's own FlashInfer backend, so where KV lies decides which
+indices a layer is given and nothing else. Only a layer whose staged pages do not fit the ring at
+once is attended in parts and merged, which rounds differently in the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.flashinfer_backend import should_use_tensor_core
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_buffer, get_parallel
+
+from orbitflow_sglang.config import FLASHINFER
+from orbitflow_sglang.engine.flashinfer_wrappers import Heads, PagedAttention, self_test
+from orbitflow_sglang.engine.page_rows import MirroredRows
+from orbitflow_sglang.engine.pool import OrbitFlowKVPool
+from orbitflow_sglang.engine.runtime import StepInput, spans
+
+WORKSPACE_BYTES = 512 << 20  # what SGLang takes for the models that need most
+
+
+class OrbitFlowFlashInferBackend(AttentionBackend):
+    """One object per model runner; a step is prepared by ``init_forward_metadata``."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        pool = model_runner.token_to_kv_pool
+        if not isinstance(pool, OrbitFlowKVPool):
+            raise ValueError(
+                f"--attention-backend {FLASHINFER} reads OrbitFlow's pool, this is a "
+                f"{type(pool).__name__}: without --enable-orbitflow use flashinfer"
+            )
+        self.token_to_kv_pool = pool
+        self._runtime = pool.runtime
+        self._runtime.rows = MirroredRows(model_runner.req_to_token_pool, pool.page_size)
+        heads = _heads(model_runner)
+        workspace = get_buffer(
+            "orbitflow_flashinfer_workspace",
+            lambda: torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=model_runner.device),
+        )
+        tensor_cores = should_use_tensor_core(heads.kv_dtype, heads.query, heads.kv)
+        self._attention = PagedAttention(heads, pool.page_size, tensor_cores, workspace, _merge())
+        self_test(self._attention, heads, pool.page_size)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        step = StepInput.of(forward_batch)
+        _, counts, tokens = spans(step, self.token_to_kv_pool.page_size)
+        new_tokens = None
+        if step.prefix_lens is not None:
+            new_tokens = [n - b for n, b in zip(step.seq_lens, step.prefix_lens, strict=True)]
+        self._attention.begin(counts, tokens, new_tokens)
+        self._runtime.begin(step)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``q`` is ``[requests, heads * head_dim]``; so is the result."""
+        if save_kv_cache and k is not None:
+            self._save(_by_head(k, layer.tp_k_head_num), _by_head(v, layer.tp_v_head_num),
+                       layer, forward_batch)  # fmt: skip
+        q = _by_head(q.contiguous(), layer.tp_q_head_num)
+        parts = self._runtime.passes(layer.layer_id)
+        return self._attention.decode(q, parts, layer.scaling).flatten(1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
+        if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
+            raise NotImplementedError(f"{FLASHINFER} serves decoder self-attention only")
+        k, v = _by_head(k, layer.tp_k_head_num), _by_head(v, layer.tp_v_head_num)
+        if save_kv_cache:
+            self._save(k, v, layer, forward_batch)
+        q = _by_head(q.contiguous(), layer.tp_q_head_num)
+        parts = self._runtime.passes(layer.layer_id)
+        return self._attention.extend(q, k, v, parts, layer.scaling).flatten(1)
+
+    def _save(
+        self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> None:
+        loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+        self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
+
+
+def _by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[tokens, heads * dim]`` as ``[tokens, heads, dim]``."""
+    return states.view(len(states), heads, -1)
+
+
+def _heads(model_runner: Any) -> Heads:
+    """As SGLang's backend plans for them."""
+    model, parallel = model_runner.model_config, get_parallel()
+    return Heads(
+        query=model.get_max_num_attention_heads() // parallel.attn_tp_size,
+        kv=model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size),
+        dim=model.head_dim,
+        q_dtype=model_runner.dtype,
+        kv_dtype=model_runner.kv_cache_dtype,
+    )
+
+
+def _merge() -> Any:
+    """SGLang's, which also serves more heads than FlashInfer's kernel has threads for; it is
+    there where SGLang takes FlashInfer to be usable."""
+    from sglang.srt.layers.attention import flashinfer_backend
+
+    if (safe := getattr(flashinfer_backend, "_safe_merge_state", None)) is not None:
+        return safe
+    from flashinfer.cascade import merge_state
+
+    return merge_state

@@ -1,0 +1,289 @@
+"""FlashInfer's attention over the arena: one plan a step, page indices of each layer.
+
+FlashInfer plans by lengths alone, and only a run looks at indices; so one plan serves all
+layers of a step though their pages lie elsewhere in each. The indices that a run uses are an
+attribute of its wrapper that is not public: ``_run`` alone sets it, and ``self_test`` finds out
+before the first request whether it still means that.
+
+A token is a page of its own to FlashInfer, as with SGLang's backend, whatever the size of our
+pages: kernel, split and order of summation are then the same as without OrbitFlow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from orbitflow_sglang.residency.device import to_device
+from orbitflow_sglang.residency.step import LayerPass
+
+BACKEND = "fa2"  # for all: the module of fa3 takes 20 minutes to compile
+READ_AHEAD = 256  # indices behind the last one that a kernel may look at
+TOLERANCE = 0.05  # of the self-test: what 16 bits lose; a wrong page is off by about 1
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention of one rank."""
+
+    query: int
+    kv: int
+    dim: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+
+class TokenSlots:
+    """Where the tokens of a step lie in the arena, made on the device from pages' ids."""
+
+    def __init__(
+        self, counts: Sequence[int], tokens: Sequence[int], page_size: int, device: torch.device
+    ) -> None:
+        """``counts[i]`` pages of request i hold ``tokens[i]`` tokens."""
+        self.total = sum(tokens)
+        self._page_size = page_size
+        if page_size == 1:
+            return
+        firsts = np.zeros((2, len(tokens)), dtype=np.int64)
+        firsts[:, 1:] = np.cumsum([counts, tokens], axis=1)[:, :-1]
+        first_page, first_token = to_device(firsts, device)
+        lengths = to_device(np.asarray(tokens, dtype=np.int64), device)
+        owner = torch.repeat_interleave(
+            torch.arange(len(tokens), device=device), lengths, output_size=self.total
+        )
+        place = torch.arange(self.total, device=device) - first_token[owner]
+        self._page = first_page[owner] + place // page_size
+        self._offset = (place % page_size).to(torch.int32)
+
+    def of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Slots of all tokens, int32, and some zeros behind them; ``ids``: of all pages."""
+        slots = torch.zeros(self.total + READ_AHEAD, dtype=torch.int32, device=ids.device)
+        if self._page_size == 1:
+            slots[: self.total] = ids
+        else:
+            slots[: self.total] = ids[self._page] * self._page_size + self._offset
+        return slots
+
+
+class PagedAttention:
+    """Plans and runs the steps of one rank. ``merge`` joins attention to two parts of a context:
+    ``(out, lse, out, lse) -> (out, lse)``, LSE to the base 2."""
+
+    def __init__(
+        self, heads: Heads, page_size: int, tensor_cores: bool, workspace: torch.Tensor, merge: Any
+    ) -> None:
+        import flashinfer
+
+        self._heads = heads
+        self._page_size = page_size
+        self._device = workspace.device
+        self._merge = merge
+
+        def decode() -> Any:
+            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                workspace, "NHD", use_tensor_cores=tensor_cores, backend=BACKEND
+            )
+
+        def prefill() -> Any:
+            return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=BACKEND)
+
+        # For all that a layer attends to, planned once a step; and for one part of several,
+        # planned anew for each.
+        self._decode, self._decode_part = decode(), decode()
+        self._prefill, self._prefill_part = prefill(), prefill()
+        self._new = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+            workspace, "NHD", backend=BACKEND
+        )
+        self._new_tokens: list[int] | None = None  # None: a decode step
+        self._slots: TokenSlots | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # ids, and their slots
+        self._no_indices = torch.empty(0, dtype=torch.int32, device=self._device)
+
+    # --- a step -----------------------------------------------------------------
+
+    def begin(
+        self, counts: Sequence[int], tokens: Sequence[int], new_tokens: Sequence[int] | None
+    ) -> None:
+        """Plan a step that reads of request i ``tokens[i]`` tokens in ``counts[i]`` pages, and
+        behind them has ``new_tokens[i]`` whose KV is given to ``extend``; None: a decode step,
+        one query each, whose token is read back."""
+        self._slots = TokenSlots(counts, tokens, self._page_size, self._device)
+        self._last = None
+        self._new_tokens = None if new_tokens is None else list(new_tokens)
+        # From host memory: FlashInfer then waits for nothing.
+        lengths = _indptr(tokens)
+        if self._new_tokens is None:
+            self._plan_decode(self._decode, lengths)
+            return
+        queries = _indptr(self._new_tokens)
+        heads = self._heads
+        self._new.begin_forward(
+            queries, queries, heads.query, heads.kv, heads.dim, q_data_type=heads.q_dtype
+        )
+        if self._slots.total:
+            self._plan_prefill(self._prefill, queries, lengths)
+
+    def decode(self, q: torch.Tensor, parts: Iterable[LayerPass], scale: float) -> torch.Tensor:
+        """``q`` and the result are ``[requests, heads, dim]``."""
+        merged = None
+        for part in parts:
+            if part.whole:
+                merged = self._run(self._decode, self._slots_of(part), q, part, scale), None
+            elif sum(part.tokens):
+                self._plan_decode(self._decode_part, _indptr(part.tokens).to(self._device))
+                merged = self._add(merged, self._part(self._decode_part, q, part, scale))
+        assert merged is not None, "a token attends at least to itself"
+        out: torch.Tensor = merged[0]
+        return out
+
+    def extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        parts: Iterable[LayerPass],
+        scale: float,
+    ) -> torch.Tensor:
+        """``q`` and the result are ``[new tokens, heads, dim]``, ``k`` and ``v`` their KV."""
+        assert self._slots is not None and self._new_tokens is not None
+        if not self._slots.total:
+            for _ in parts:  # nobody has a prefix, but the layer has its turn all the same
+                pass
+            out: torch.Tensor = self._new.forward(q, k, v, causal=True, sm_scale=scale)
+            return out
+        merged = self._new.forward_return_lse(q, k, v, causal=True, sm_scale=scale)
+        for part in parts:
+            if part.whole:
+                slots = self._slots_of(part)
+                found = self._run(self._prefill, slots, q, part, scale, lse=True)
+                merged = self._add(merged, found)
+            elif sum(part.tokens):
+                queries = _indptr(self._new_tokens).to(self._device)
+                lengths = _indptr(part.tokens).to(self._device)
+                self._plan_prefill(self._prefill_part, queries, lengths)
+                merged = self._add(merged, self._part(self._prefill_part, q, part, scale))
+        out = merged[0]
+        return out
+
+    # --- inside -----------------------------------------------------------------
+
+    def _plan_decode(self, wrapper: Any, lengths: torch.Tensor) -> None:
+        """``lengths`` in host memory, or on the device where the same wrapper has a plan whose
+        runs may still be under way: FlashInfer waits for them, and then reuses its buffers."""
+        heads = self._heads
+        wrapper.begin_forward(
+            lengths, self._no_indices, torch.ones_like(lengths[1:]),
+            heads.query, heads.kv, heads.dim, 1,
+            data_type=heads.kv_dtype, q_data_type=heads.q_dtype, non_blocking=True,
+        )  # fmt: skip
+
+    def _plan_prefill(self, wrapper: Any, queries: torch.Tensor, lengths: torch.Tensor) -> None:
+        heads = self._heads
+        wrapper.begin_forward(
+            queries, lengths, self._no_indices, torch.ones_like(lengths[1:]),
+            heads.query, heads.kv, heads.dim, 1,
+            q_data_type=heads.q_dtype, kv_data_type=heads.kv_dtype, non_blocking=True,
+        )  # fmt: skip
+
+    def _slots_of(self, part: LayerPass) -> torch.Tensor:
+        """Of a part that is the whole; looked up once where all layers have the same ids."""
+        assert self._slots is not None
+        if self._last is None or self._last[0] is not part.ids:
+            self._last = part.ids, self._slots.of(part.ids)
+        return self._last[1]
+
+    def _part(self, wrapper: Any, q: torch.Tensor, part: LayerPass, scale: float) -> Any:
+        slots = TokenSlots(part.counts, part.tokens, self._page_size, self._device)
+        return self._run(wrapper, slots.of(part.ids), q, part, scale, lse=True)
+
+    def _run(
+        self,
+        wrapper: Any,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        part: LayerPass,
+        scale: float,
+        lse: bool = False,
+    ) -> Any:
+        """Attention of ``q`` to what lies at ``slots``; with ``lse`` also its LSE."""
+        wrapper._paged_kv_indices_buf = slots
+        run = wrapper.forward_return_lse if lse else wrapper.forward
+        # As a pool of tokens, [slots, kv_heads, dim].
+        return run(q, (part.k.flatten(0, 1), part.v.flatten(0, 1)), sm_scale=scale)
+
+    def _add(self, merged: Any, found: Any) -> Any:
+        return found if merged is None else self._merge(*merged, *found)
+
+
+def self_test(attention: PagedAttention, heads: Heads, page_size: int) -> None:
+    """Raise ``RuntimeError`` unless attention reads where ``LayerPass`` says.
+
+    The same tokens in two arenas, at other places in each and behind one plan, must give the same
+    bits, and what attention in float32 gives but for rounding; in one part and in two.
+    """
+    device = attention._device
+    random = torch.Generator().manual_seed(0)
+    tokens, pages = [3 * page_size + 1, 1, page_size], [4, 1, 1]
+    arena = torch.randn(2, 16, page_size, heads.kv, heads.dim, generator=random)
+    q = torch.randn(3, heads.query, heads.dim, generator=random)
+    expected = _reference(q, arena, pages, tokens)
+    q = q.to(device, heads.q_dtype)
+    places = torch.randperm(16, generator=random)
+    moved = torch.empty_like(arena)
+    moved[:, places] = arena
+    ids = torch.arange(6, dtype=torch.int32)
+
+    def part(where: torch.Tensor, at: torch.Tensor, rows: slice, whole: bool) -> LayerPass:
+        k, v = where.to(device, heads.kv_dtype)
+        chosen = [rows.start <= i < rows.stop for i in range(3)]
+        chosen_ids = [x for x, c in zip(at.split(pages), chosen, strict=True) if c]
+        return LayerPass(
+            k, v, torch.cat(chosen_ids).to(device, torch.int32),
+            [p * c for p, c in zip(pages, chosen, strict=True)],
+            [t * c for t, c in zip(tokens, chosen, strict=True)], whole,
+        )  # fmt: skip
+
+    attention.begin(pages, tokens, None)
+    scale = heads.dim**-0.5
+    found = [
+        attention.decode(q, [part(arena, ids, slice(0, 3), True)], scale),
+        attention.decode(q, [part(moved, places[:6], slice(0, 3), True)], scale),
+        attention.decode(
+            q,
+            [part(arena, ids, slice(0, 1), False), part(moved, places[:6], slice(1, 3), False)],
+            scale,
+        ),
+    ]
+    if not torch.equal(found[0], found[1]):
+        raise RuntimeError(
+            "FlashInfer does not read KV at the indices it is given for a layer: this version is "
+            "not supported"
+        )
+    for out in found:
+        worst = float((out.float().cpu() - expected).abs().max())
+        if not worst < TOLERANCE:
+            raise RuntimeError(f"FlashInfer's attention is off by {worst:.3g} in the self-test")
+
+
+def _reference(
+    q: torch.Tensor, arena: torch.Tensor, pages: Sequence[int], tokens: Sequence[int]
+) -> torch.Tensor:
+    """Attention of one query to each request's tokens, whose pages come one after another."""
+    out, first = [], 0
+    for row, (count, length) in enumerate(zip(pages, tokens, strict=True)):
+        k, v = arena[:, first : first + count].flatten(1, 2)[:, :length]
+        first += count
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+        found = torch.nn.functional.scaled_dot_product_attention(q[row][:, None], k, v)
+        out.append(found[:, 0])
+    return torch.stack(out)
+
+
+def _indptr(lengths: Sequence[int]) -> torch.Tensor:
+    """Where each one begins, and the last ends; int32, in host memory."""
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

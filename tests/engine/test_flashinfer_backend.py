@@ -1,0 +1,70 @@
+"""The backend for GPUs in the real engine on the CPU, with PyTorch in FlashInfer's place.
+
+Everything but the kernels is what a GPU runs: plans, page indices of each layer, parts and their
+merging, and the copy of the table of pages. ``tests/gpu`` has the kernels too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import (
+    FULL,
+    POLICIES,
+    TEST_CONTROL,
+    Stock,
+    assert_nothing_is_left,
+    orbitflow_args,
+    run_with_aborts,
+    set_internal_state,
+    use_policy,
+    workload,
+)
+
+from eval.identity import Comparison, compare
+from eval.server import Server
+
+FAKE = Path(__file__).parents[1] / "fake_flashinfer"
+CHOSEN = POLICIES if FULL else ("resident", "all-host", "random:1")
+
+
+@pytest.fixture(scope="module")
+def server(stock: Stock) -> Iterator[Server]:
+    stock.answers("llama", workload("llama"))  # one server at a time
+    args = orbitflow_args(
+        "llama", "--attention-backend", "orbitflow_flashinfer", "--disable-overlap-schedule",
+        "--orbitflow-arena-tokens", "1024", "--orbitflow-host-memory-gb", "0.5",
+        "--orbitflow-policy", "static:1", "--page-size", "16", "--chunked-prefill-size", "256",
+        "--orbitflow-ring-pages", "40",
+    )  # fmt: skip
+    with Server(args, env={**TEST_CONTROL, "PYTHONPATH": str(FAKE)}) as started:
+        yield started
+
+
+@pytest.mark.parametrize("policy", CHOSEN)
+def test_tokens_are_those_of_stock_sglang(
+    server: Server, policy: str, stock: Stock, identity_cells: dict[str, Comparison]
+) -> None:
+    wanted = workload("llama")
+    use_policy(server, policy)
+    outcome = run_with_aborts(server, wanted)
+    result = compare(stock.answers("llama", wanted), outcome.generations, cut_short=outcome.aborted)
+    identity_cells[f"{policy} flashinfer's place taken"] = result
+    assert not result.failures, result
+    (state,) = server.orbitflow()
+    assert state is not None and (policy == "resident" or state["h2d"]["bytes"] > 0)
+    assert_nothing_is_left(server)
+
+
+def test_a_corrupted_page_is_noticed(server: Server, stock: Stock) -> None:
+    """The test of the test: one page changed on the host must show in the tokens."""
+    use_policy(server, "all-host")
+    set_internal_state(server, "orbitflow_corrupt", 8)
+    wanted = workload("llama")
+    outcome = run_with_aborts(server, wanted)
+    result = compare(stock.answers("llama", wanted), outcome.generations, cut_short=outcome.aborted)
+    assert result.failures
+    set_internal_state(server, "orbitflow_corrupt", 0)
+    assert_nothing_is_left(server)

@@ -1,0 +1,120 @@
+"""Plans and indices of the FlashInfer backend, with PyTorch in FlashInfer's place.
+
+``tests/gpu/test_attention.py`` has the same cases for the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import DECODE, EXTEND, Layer, check_decode, check_extend
+
+from orbitflow_sglang.engine.flashinfer_wrappers import (
+    READ_AHEAD,
+    Heads,
+    PagedAttention,
+    TokenSlots,
+    self_test,
+)
+from orbitflow_sglang.residency.step import LayerPass
+
+pytestmark = pytest.mark.unit
+
+FAKE = Path(__file__).parents[1] / "fake_flashinfer"
+HEADS = Heads(query=4, kv=2, dim=8, q_dtype=torch.float32, kv_dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FAKE))
+
+
+def attention(page_size: int) -> PagedAttention:
+    from flashinfer.cascade import merge_state
+
+    workspace = torch.zeros(16, dtype=torch.uint8)
+    return PagedAttention(HEADS, page_size, True, workspace, merge_state)
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("tokens", DECODE)
+def test_decode_reads_each_layers_own_pages_behind_one_plan(
+    tokens: list[int], page_size: int
+) -> None:
+    tokens = tokens if page_size > 1 else [min(t, 7) for t in tokens]
+    paged = attention(page_size)
+    check_decode(paged, HEADS, tokens, page_size, device="cpu", tolerance=1e-5)
+    assert paged._decode.plans == 1
+
+
+@pytest.mark.parametrize("prefix", EXTEND)
+def test_extend_attends_to_the_prefix_and_causally_to_itself(prefix: list[int]) -> None:
+    paged = attention(4)
+    check_extend(paged, HEADS, prefix, 4, device="cpu", tolerance=1e-5)
+    assert paged._new.plans == 1 and paged._prefill.plans == any(prefix)
+
+
+def test_every_part_is_asked_for_also_where_nobody_has_a_prefix() -> None:
+    paged, asked = attention(4), []
+    layer = Layer(HEADS, [0], 4, 0, "cpu")
+
+    def parts() -> Iterator[LayerPass]:
+        yield from layer.whole()
+        asked.append("to the end")
+
+    paged.begin([0], [0], [2])
+    q = layer.random(2, HEADS.query, HEADS.dim)
+    paged.extend(q, *layer.random(2, 2, HEADS.kv, HEADS.dim), parts(), 1.0)
+    assert asked, "or what the layer staged would never be given back"
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_slots_are_those_of_the_tokens_in_order(page_size: int) -> None:
+    tokens = [7, 0, 16, 1]
+    counts = [-(-t // page_size) for t in tokens]
+    ids = torch.randperm(99)[: sum(counts)].to(torch.int32)
+    found = TokenSlots(counts, tokens, page_size, torch.device("cpu")).of(ids)
+    wanted, ends = [], [0]
+    for count in counts:
+        ends.append(ends[-1] + count)
+    for (begin, end), length in zip(pairwise(ends), tokens, strict=True):
+        slots = [int(i) * page_size + j for i in ids[begin:end] for j in range(page_size)]
+        wanted += slots[:length]
+    assert found[: len(wanted)].tolist() == wanted
+    assert found.dtype == torch.int32 and len(found) == len(wanted) + READ_AHEAD
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_self_test_passes(page_size: int) -> None:
+    self_test(attention(page_size), HEADS, page_size)
+
+
+def test_the_self_test_notices_when_runs_no_longer_look_at_the_attribute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paged = attention(4)
+    first: list[torch.Tensor] = []
+    kind = type(paged._decode)
+    read = kind._read
+
+    def keeps_the_first(wrapper: object, kv_cache: object) -> object:
+        first.append(wrapper._paged_kv_indices_buf)  # type: ignore[attr-defined]
+        wrapper._paged_kv_indices_buf = first[0]  # type: ignore[attr-defined]
+        return read(wrapper, kv_cache)
+
+    monkeypatch.setattr(kind, "_read", keeps_the_first)
+    with pytest.raises(RuntimeError, match="does not read KV at the indices"):
+        self_test(paged, HEADS, 4)
+
+
+def test_the_self_test_notices_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = attention(4)
+    kind = type(paged._decode)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *a, **k: forward(*a, **k) * 1.5)
+    with pytest.raises(RuntimeError, match="off by"):
+        self_test(paged, HEADS, 4)

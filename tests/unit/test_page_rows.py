@@ -1,0 +1,76 @@
+"""The copy of the table that a device holds, against the table itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orbitflow_sglang.engine.page_rows import HostRows, MirroredRows
+
+pytestmark = pytest.mark.unit
+
+ROWS, TOKENS = 4, 12
+
+
+class Pool:
+    """SGLang's ``ReqToTokenPool``, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.req_to_token = torch.zeros((ROWS, TOKENS), dtype=torch.int32)
+
+    def write(self, indices: Any, values: torch.Tensor) -> None:
+        self.req_to_token[indices] = values
+
+
+def slots(pages: list[int], tokens: int, size: int) -> torch.Tensor:
+    each = [page * size + offset for page in pages for offset in range(size)]
+    return torch.tensor(each[:tokens], dtype=torch.int32)
+
+
+@given(st.data())
+def test_the_copy_says_what_the_table_says(data: st.DataObject) -> None:
+    size = data.draw(st.sampled_from([1, 2, 4]))
+    pool = Pool()
+    table, copy = HostRows(pool, size), MirroredRows(pool, size)
+    lengths = [0] * ROWS
+    pages = st.lists(st.integers(0, 99), min_size=TOKENS // size, max_size=TOKENS // size)
+    for _ in range(data.draw(st.integers(1, 12))):
+        row = data.draw(st.integers(0, ROWS - 1))
+        kind = data.draw(st.sampled_from(["prefill", "decode", "rewrite", "ask"]))
+        if kind == "prefill":  # by a kernel, which no method tells; then the step begins
+            lengths[row] = data.draw(st.integers(1, TOKENS))
+            written = slots(data.draw(pages), lengths[row], size)
+            pool.req_to_token[row, : lengths[row]] = written
+            copy.written([row], [lengths[row]])
+        elif kind == "decode" and 0 < lengths[row] < TOKENS:
+            at = lengths[row]
+            slot = data.draw(st.integers(0, 99)) * size + at % size
+            pool.write((torch.tensor([row]), torch.tensor([at])), torch.tensor([slot]).int())
+            lengths[row] += 1
+            copy.written([row], [lengths[row]])
+        elif kind == "rewrite" and lengths[row] >= size:
+            whole = lengths[row] // size * size
+            begin = data.draw(st.integers(0, whole // size - 1)) * size
+            new = slots(data.draw(pages), whole, size)
+            pool.write((row, slice(begin, whole)), new[begin:])
+        for asked in range(ROWS):
+            found, wanted = copy.pages(asked, lengths[asked]), table.pages(asked, lengths[asked])
+            assert np.array_equal(found, wanted) and found.dtype == np.int32
+
+
+def test_rows_of_a_step_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, reads = MirroredRows(Pool(), 2), []
+    read = copy._read
+    monkeypatch.setattr(copy, "_read", lambda: (reads.append(1), read()))
+    copy.written([1, 2, 3], [4, 12, 1])
+    for row in (1, 2, 3, 1):
+        copy.pages(row, 1)
+    assert len(reads) == 1, "each is a wait for the device"
+    found = copy.pages(1, 4)
+    found[:] = 7
+    assert (copy.pages(1, 4) == 0).all(), "the caller's own"
