@@ -16,7 +16,7 @@ STAMP := .venv/.set-up
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup serve tiny-model demo test lint test-full gpu-check bench-overhead bench-stream \
-  bench-planner eval eval-quick eval-full eval-live image-test clean
+  bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -93,6 +93,9 @@ eval-full: setup ## every run of the simulated evaluation (hours; goes on where 
 
 eval-live: setup ## serving policies on real servers in real time (hours; --quick, --resume)
 	@$(OFFLINE) $(PY) -m eval.live.compare $(ARGS)
+
+eval-gpu: setup ## the same on an NVIDIA GPU, with a model of 8B shape and a capped KV budget
+	@$(OFFLINE) $(PY) -m eval.live.compare --gpu $(ARGS)
 
 image-test: setup ## build the CPU image without a container engine and ask it for tokens (root)
 	@sh docker/test_image.sh

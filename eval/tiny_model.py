@@ -57,9 +57,12 @@ class TinyModel:
         return CACHE / f"{self.style}-{self.layers}l-{digest}"
 
 
-def build(model: TinyModel) -> Path:
-    """Write the model unless it is there already; returns its folder."""
-    target = model.folder()
+def build(model: TinyModel, weights: bool = True) -> Path:
+    """Write the model unless it is there already; returns its folder.
+
+    Without ``weights`` it is for a server that makes its own (``--load-format dummy``).
+    """
+    target = model.folder() if weights else model.folder().with_suffix(".dummy")
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,8 @@ def build(model: TinyModel) -> Path:
     try:
         _write_tokenizer(partial, model)
         (partial / "config.json").write_text(json.dumps(_config(model), indent=1))
-        _write_weights(partial, model)
+        if weights:
+            _write_weights(partial, model)
         partial.chmod(0o755)
         os.rename(partial, target)
     except OSError:

@@ -53,15 +53,18 @@ class Calibration:
         )
 
     def numbers(self, setup: Setup, mix: Mix) -> dict[str, float]:
-        """What decides who can help: t, h, rho, s and mu, as the papers' models have them."""
-        hidden = setup.link_gb_per_s * 1e9 * self.step_s
+        """What decides who can help: t, s and mu, with an emulated link also h and rho, as the
+        papers' models have them."""
         context = mix.mean_input + mix.mean_output / 2
         at_limit = setup.arena_tokens / context
         prefill = self.prefill_s + self.prefill_s_per_token * mix.mean_input
+        hidden = {}
+        if setup.link_gb_per_s is not None:
+            h = setup.link_gb_per_s * 1e9 * self.step_s
+            hidden = {"h_bytes": h, "rho": h / setup.arena_bytes}
         return {
             "t_s": self.step_s,
-            "h_bytes": hidden,
-            "rho": hidden / setup.arena_bytes,
+            **hidden,
             "s": self.targets().tpot_s / self.step_s,
             "mu": mix.mean_output * self.step_s / (prefill * at_limit),
             "requests_at_the_limit": at_limit,

@@ -24,6 +24,10 @@ Chosen so that memory is the bottleneck, as measured on two cores of an AMD EPYC
 - 200 requests: 165 s to drain and 193 s at load 0.9 with `stock` while others kept a core
   busy, and 20 to 30 s for the server. `static:d` is bound by the link and takes 9 minutes.
 - No prompt shares a prefix with another, so the radix cache decides nothing.
+
+With --gpu (``make eval-gpu``) the same on an NVIDIA GPU: a model of 8B shape with made-up
+weights, an arena of 65,536 tokens, inputs and outputs five times as long, a link that is real,
+and stock SGLang on FlashInfer with and without CUDA graphs and with its hierarchical cache.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import torch
 
 from eval.bench.measure import QUICK_RESULTS, ROOT, write_result
 from eval.client import Client, RequestFailed
@@ -52,15 +57,19 @@ from eval.server import ServerFailed
 from eval.workload.requests import TraceRequest, at_rate, with_slo
 
 RESULTS = ROOT / "eval" / "results" / "cpu-live"
+GPU_RESULTS = ROOT / "eval" / "results" / "gpu-live"
+ON_GPU = ("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow", "orbitflow@paced")
+# Long enough that decoding, not prefill, fills the time of a GPU too.
+GPU_MIX = Mix((320, 1280), (2560, 7680), (160, 480), (800, 1920))
 FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
-    setup, mix = _setup(options), Mix(cv=options.cv)
+    setup, mix = _setup(options), replace(GPU_MIX if options.gpu else Mix(), cv=options.cv)
     try:
         for name in (*options.contestants, options.calibrate_with):
-            contestants.check(name)
+            contestants.check(name, setup.device)
         results = Results(
             options.out, _settings(options, setup, mix), options.resume, options.redo_disturbed
         )
@@ -159,10 +168,13 @@ def _calibration(
         results.calibrated(measured.as_dict())
     calibration = Calibration(**results.calibration or {})
     numbers = calibration.numbers(setup, mix)
+    hidden = ""
+    if "rho" in numbers:
+        hidden = f"h {numbers['h_bytes'] / 1e6:.2f} MB, rho {numbers['rho']:.3f}, "
     print(
         f"t {numbers['t_s'] * 1e3:.1f} ms with {calibration.step_requests} requests, "
-        f"h {numbers['h_bytes'] / 1e6:.2f} MB, arena {setup.arena_bytes / 1e6:.1f} MB, "
-        f"rho {numbers['rho']:.3f}, s {numbers['s']:.2f}, mu {numbers['mu']:.2f}\n"
+        f"arena {setup.arena_bytes / 1e6:.1f} MB, {hidden}"
+        f"s {numbers['s']:.2f}, mu {numbers['mu']:.2f}\n"
         f"prefill {calibration.prefill_s * 1e3:.1f} ms + "
         f"{calibration.prefill_s_per_token * 1e3:.3f} ms/token, load 1 = "
         f"{calibration.load_1_requests_per_s:.3f} requests/s "
@@ -231,13 +243,10 @@ def _settings(options: argparse.Namespace, setup: Setup, mix: Mix) -> dict[str, 
 
 
 def _setup(options: argparse.Namespace) -> Setup:
-    return Setup(
-        arena_tokens=options.arena_tokens,
-        link_gb_per_s=options.link_gb_per_s,
-        host_memory_gb=options.host_memory_gb,
-        threads=options.threads,
-        server_args=tuple(options.server_args.split()),
-    )
+    base = contestants.ON_GPU if options.gpu else Setup()
+    fields = ("arena_tokens", "link_gb_per_s", "host_memory_gb", "threads")
+    given = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+    return replace(base, **given, server_args=tuple(options.server_args.split()))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -257,10 +266,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--ttft-slo-ms", type=float, help="(2000, or 5 unloaded prefills if longer)")
     add("--tpot-slo-ms", type=float, help="(2 decode steps of a full arena)")
     add("--cv", type=float, default=Mix.cv, help="of the time between arrivals (%(default)s)")
-    add("--arena-tokens", type=int, default=default.arena_tokens, help="(%(default)s)")
-    add("--link-gb-per-s", type=float, default=default.link_gb_per_s, help="(%(default)s)")
-    add("--host-memory-gb", type=float, default=default.host_memory_gb, help="(%(default)s)")
-    add("--threads", type=int, default=default.threads, help="of PyTorch (%(default)s)")
+    add("--arena-tokens", type=int, help=f"({default.arena_tokens})")
+    add("--link-gb-per-s", type=float, help=f"emulated ({default.link_gb_per_s})")
+    add("--host-memory-gb", type=float, help=f"({default.host_memory_gb})")
+    add("--threads", type=int, help=f"of PyTorch ({default.threads})")
+    add("--gpu", action="store_true", help="make eval-gpu: on an NVIDIA GPU, model of 8B shape")
     add("--server-args", default="", metavar="'ARGS'", help="for every server, last")
     add("--seed", type=int, default=0, help="of traces, prompts and orders (%(default)s)")
     add("--out", type=Path, help="folder (eval/results/cpu-live)")
@@ -273,16 +283,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "repeat those in which others used more than so many cores",
     )
     options = parser.parse_args(argv)
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs an NVIDIA GPU, and torch.cuda.is_available() is False here")
     quick = options.quick
     quick_contestants = ("stock", "static:1")
     options.contestants = options.contestants or (
-        quick_contestants if quick else contestants.DEFAULT
+        quick_contestants if quick else ON_GPU if options.gpu else contestants.DEFAULT
     )
     options.loads = options.loads or ([1.0] if quick else [0.9, 1.2])
     options.repeats = options.repeats or (1 if quick else 3)
     options.requests = options.requests or (16 if quick else 200)
     options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
-    options.out = options.out or (QUICK_RESULTS / "live" if quick else RESULTS)
+    results = GPU_RESULTS if options.gpu else RESULTS
+    options.out = options.out or (QUICK_RESULTS / "live" if quick else results)
     if quick and not options.resume:
         shutil.rmtree(QUICK_RESULTS / "live", ignore_errors=True)
     return options

@@ -1,12 +1,15 @@
 """Who is compared: a name, and the server flags that it stands for.
 
-    stock                 SGLang as it is, with OrbitFlow's attention backend
-    stock-torch-native    SGLang as it is, with its own attention backend
+    stock                 SGLang as it is; on the CPU with OrbitFlow's attention backend
+    stock-torch-native    SGLang as it is, on the CPU with its own attention backend
+    stock-eager           SGLang on a GPU without CUDA graphs and overlap, as OrbitFlow runs there
+    hicache               SGLang on a GPU with its hierarchical cache
     POLICY[:no-RULE...]   OrbitFlow with that policy: retract, swap+order, static:2, orbitflow
     POLICY...@paced       the same, its requests asking for paced delivery
 
 All have the same device KV, page size, prefill chunk, bound on running requests and, but for
-``stock-torch-native``, attention backend. What lies on the host crosses an emulated link.
+``stock-torch-native``, attention kernels. On the CPU, host and device are joined by an emulated
+link.
 """
 
 from __future__ import annotations
@@ -17,53 +20,78 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.measure import threads_env
-from eval.server import Server, stock_args
+from eval.server import GPU_ENV, Server, stock_args
 from eval.tiny_model import TinyModel, build
 from orbitflow_sglang.control.policies import find_policy
 
-STOCK = {"stock": "orbitflow_torch", "stock-torch-native": "torch_native"}
+# Flags of those that are no policy, by device.
+_EAGER = ("--disable-cuda-graph", "--disable-overlap-schedule")
+STOCK: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "stock": ("--attention-backend", "orbitflow_torch"),
+        "stock-torch-native": ("--attention-backend", "torch_native"),
+    },
+    "cuda": {
+        "stock": ("--attention-backend", "flashinfer"),
+        "stock-eager": ("--attention-backend", "flashinfer", *_EAGER),
+        "hicache": ("--attention-backend", "flashinfer", "--enable-hierarchical-cache"),
+    },
+}
+OURS = {"cpu": "orbitflow_torch", "cuda": "orbitflow_flashinfer"}
 PACED = "@paced"
 DEFAULT = (
     *("stock", "retract", "retract+order", "swap+order", "time-sliced-swap", "paper"),
     *("static:1", "static:2", "static:3", "orbitflow"),
 )
-KV_BYTES = 4  # float32
+KV_BYTES = {"cpu": 4, "cuda": 2}  # float32, bfloat16
+# Of the shape of an 8B model, with a smaller MLP; its weights are made up by the server.
+GPU_MODEL = TinyModel("llama", 32, 4096, heads=32, kv_heads=8, head_dim=128, context=131_072)
+GPU_START_S = 900.0  # FlashInfer compiles what it has not compiled before
 
 
 @dataclass(frozen=True)
 class Setup:
     """What all contestants share; ``eval.live.compare`` says why these values."""
 
+    device: str = "cpu"
     arena_tokens: int = 4096
-    link_gb_per_s: float = 0.4  # 10^9 bytes/s in each direction
+    link_gb_per_s: float | None = 0.4  # emulated, 10^9 bytes/s in each direction; None: a real one
     host_memory_gb: float = 0.25
     page_size: int = 16
     prefill_chunk: int = 512
     max_running: int = 32
     layers: int = 8
-    threads: int = 1
+    threads: int | None = 1
     server_args: tuple[str, ...] = ()  # given last, to every contestant
 
     @property
     def model(self) -> TinyModel:
-        return TinyModel(layers=self.layers)
+        return TinyModel(layers=self.layers) if self.device == "cpu" else GPU_MODEL
 
     @property
     def arena_bytes(self) -> int:
         model = self.model
-        token = 2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES
+        token = 2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[self.device]
         return self.arena_tokens * token
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"server_args": list(self.server_args)}
 
 
-def check(name: str) -> None:
+# A capped KV budget: on a whole card little would be hidden behind compute (``docs/gpu.md``).
+ON_GPU = Setup(
+    device="cuda", arena_tokens=65_536, link_gb_per_s=None, host_memory_gb=64.0, page_size=64,
+    prefill_chunk=2048, max_running=64, layers=GPU_MODEL.layers, threads=None,
+)  # fmt: skip
+
+
+def check(name: str, device: str = "cpu") -> None:
     """Raise ``ValueError`` when there is no such contestant."""
-    if name in STOCK:
+    stock = STOCK[device]
+    if name in stock:
         return
-    if name.startswith("stock"):
-        raise ValueError(f"unknown contestant {name!r}: there are {', '.join(STOCK)} and policies")
+    if name.startswith(("stock", "hicache")):
+        raise ValueError(f"unknown contestant {name!r}: there are {', '.join(stock)} and policies")
     find_policy(name.removesuffix(PACED))
 
 
@@ -72,28 +100,34 @@ def is_paced(name: str) -> bool:
 
 
 def flags(name: str, setup: Setup) -> list[str]:
-    """Server flags of a contestant, without those of every server on CPU."""
-    check(name)
+    """Server flags of a contestant, without those of every server on that device."""
+    check(name, setup.device)
     arena = str(setup.arena_tokens)
     common = [
-        *("--attention-backend", STOCK.get(name, "orbitflow_torch")),
+        *STOCK[setup.device].get(name, ("--attention-backend", OURS[setup.device])),
         *("--page-size", str(setup.page_size)),
         *("--chunked-prefill-size", str(setup.prefill_chunk)),
         *("--max-running-requests", str(setup.max_running)),
     ]
-    if name in STOCK:
+    if name in STOCK[setup.device]:
         own = ["--max-total-tokens", arena]
     else:
         own = [
             *("--enable-orbitflow", "--orbitflow-policy", name.removesuffix(PACED)),
             *("--orbitflow-arena-tokens", arena),
             *("--orbitflow-host-memory-gb", str(setup.host_memory_gb)),
-            *("--orbitflow-emulated-link-gb-per-s", str(setup.link_gb_per_s)),
         ]
+        if setup.link_gb_per_s is not None:
+            own += ["--orbitflow-emulated-link-gb-per-s", str(setup.link_gb_per_s)]
     return [*common, *own, *setup.server_args]
 
 
 def server(name: str, setup: Setup, log: Path | None = None) -> Server:
     """The contestant's server, not yet started."""
-    args: Sequence[str] = stock_args(build(setup.model), *flags(name, setup))
-    return Server(args, env=threads_env(setup.threads), log=log)
+    if setup.device == "cpu":
+        args: Sequence[str] = stock_args(build(setup.model), *flags(name, setup))
+        return Server(args, env=threads_env(setup.threads), log=log)
+    model = str(build(setup.model, weights=False))
+    args = ["--model-path", model, "--load-format", "dummy", "--dtype", "bfloat16",
+            "--enable-metrics", *flags(name, setup)]  # fmt: skip
+    return Server(args, base_env=GPU_ENV, log=log, start_timeout_s=GPU_START_S)

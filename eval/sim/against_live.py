@@ -93,7 +93,7 @@ def simulated(
                  for key, value in settings["mix"].items()})  # fmt: skip
     trace = trace_of(cell, calibration, options, mix)
     name = cell.contestant.removesuffix(PACED)
-    policy = "retract" if name in STOCK else name
+    policy = "retract" if name in STOCK["cpu"] else name
     hardware = machine_of(settings["setup"], calibration, profile)
     # The replay says how long each answer is to be.
     simulation = Simulation(Setup(hardware, known_lengths=True), policy, trace)

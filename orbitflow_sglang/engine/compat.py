@@ -35,7 +35,7 @@ from orbitflow_sglang.engine import hooks, profile_files, sizing
 logger = logging.getLogger(__name__)
 ResolutionHook = Callable[[Any, Callable[[Any], None]], None]
 
-PAGE_SIZE = 16
+PAGE_SIZES = {"cpu": 16, "cuda": 64}
 
 # Field of ServerArgs, the values that are fine, why others are not. The flag is the
 # field's name with dashes; the fix is to leave the flag out.
@@ -122,8 +122,8 @@ def choose_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     if view.attention_backend is None:
         _declare(server_args, attention_backend=ATTENTION_BACKENDS[device])
     if view.page_size is None:
-        _declare(server_args, page_size=PAGE_SIZE)
-        logger.info("OrbitFlow chose --page-size %d", PAGE_SIZE)
+        _declare(server_args, page_size=PAGE_SIZES[device])
+        logger.info("OrbitFlow chose --page-size %d", PAGE_SIZES[device])
     if device == "cuda":
         _declare(server_args, disable_overlap_schedule=True, disable_cuda_graph=True)
         logger.warning(

@@ -27,7 +27,7 @@ from eval.identity import Comparison, compare
 from eval.server import Server
 
 FAKE = Path(__file__).parents[1] / "fake_flashinfer"
-CHOSEN = POLICIES if FULL else ("resident", "all-host", "random:1")
+CHOSEN = POLICIES if FULL else ("all-host", "random:1")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
-from servers import MODELS, orbitflow_args, workload
+from servers import MODELS, in_full_only, orbitflow_args, workload
 
 from eval.client import Generation
 from eval.identity import compare
@@ -15,6 +15,7 @@ BF16 = ("--dtype", "bfloat16")
 OTHER_SCHEDULE = ("--chunked-prefill-size", "64", "--page-size", "16")
 
 
+@in_full_only
 def test_bfloat16_differs_no_more_than_stock_does_from_itself() -> None:
     wanted = workload("qwen2")
     model = build(MODELS["qwen2"])

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from eval.live import contestants
+from eval.live import compare, contestants
 from eval.live.calibrate import Calibration
-from eval.live.compare import cells
+from eval.live.compare import GPU_MIX, ON_GPU, cells
 from eval.live.contestants import Setup, flags
 from eval.live.records import (
     CannotResume,
@@ -27,6 +28,7 @@ from orbitflow_sglang.slo import SLO
 
 pytestmark = pytest.mark.unit
 SETTINGS = {"requests": 2, "mix": {"short_input": (1, 2)}}
+CALIBRATION = Calibration("queue", 0.01, 5, 0.0, 0.0002, 1.5, 100.0, 0, 0.0)
 RUN = {"problem": None, "failed_idle_checks": 0, "most_late_s": 0.002}
 
 
@@ -165,9 +167,31 @@ def test_contestants_differ_in_nothing_but_policy() -> None:
         contestants.check(name)
 
 
+def test_on_a_gpu_there_are_other_stock_servers_and_a_real_link() -> None:
+    setup = contestants.ON_GPU
+    for name in ON_GPU:
+        contestants.check(name, "cuda")
+    with pytest.raises(ValueError):
+        contestants.check("stock-torch-native", "cuda")
+    with pytest.raises(ValueError):
+        contestants.check("hicache")
+    ours = flags("orbitflow", setup)
+    assert "orbitflow_flashinfer" in ours and "--orbitflow-emulated-link-gb-per-s" not in ours
+    eager = set(flags("stock-eager", setup)) - set(flags("stock", setup))
+    assert eager == {"--disable-cuda-graph", "--disable-overlap-schedule"}
+    assert "rho" not in CALIBRATION.numbers(setup, GPU_MIX)
+    assert GPU_MIX.longest < setup.model.context
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--gpu"])
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
 def test_numbers_of_a_calibration() -> None:
-    calibration = Calibration("queue", 0.01, 5, 0.0, 0.0002, 1.5, 100.0, 0, 0.0)
-    mix = Mix((100, 100), (300, 300), (200, 200), (200, 200))
+    calibration, mix = CALIBRATION, Mix((100, 100), (300, 300), (200, 200), (200, 200))
     numbers = calibration.numbers(Setup(arena_tokens=3000, link_gb_per_s=0.5), mix)
     assert numbers["h_bytes"] == pytest.approx(5e6)
     assert numbers["rho"] == pytest.approx(5e6 / (3000 * 8192))
