@@ -18,11 +18,19 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_buffer, get_parallel
 
 from orbitflow_sglang.config import FLASHINFER
-from orbitflow_sglang.engine.flashinfer_wrappers import Heads, PagedAttention, self_test
+from orbitflow_sglang.engine import compat
+from orbitflow_sglang.engine.flashinfer_wrappers import (
+    Heads,
+    PagedAttention,
+    merge_in_torch,
+    self_test,
+)
 from orbitflow_sglang.engine.page_rows import MirroredRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
 from orbitflow_sglang.engine.runtime import StepInput, spans
 
+KV_DTYPES = (torch.float16, torch.bfloat16)
+MOST_THREADS = 1024  # of a block
 WORKSPACE_BYTES = 512 << 20  # what SGLang takes for the models that need most
 
 
@@ -37,17 +45,29 @@ class OrbitFlowFlashInferBackend(AttentionBackend):
                 f"--attention-backend {FLASHINFER} reads OrbitFlow's pool, this is a "
                 f"{type(pool).__name__}: without --enable-orbitflow use flashinfer"
             )
+        compat.write_kv_apart(model_runner.model)
         self.token_to_kv_pool = pool
         self._runtime = pool.runtime
         self._runtime.rows = MirroredRows(model_runner.req_to_token_pool, pool.page_size)
         heads = _heads(model_runner)
+        if heads.kv_dtype not in KV_DTYPES and model_runner.device != "cpu":
+            raise ValueError(
+                f"{FLASHINFER} serves KV in 16 bits, this is {heads.kv_dtype}: give --dtype "
+                "bfloat16 and --kv-cache-dtype bfloat16, or leave --enable-orbitflow out"
+            )
         workspace = get_buffer(
             "orbitflow_flashinfer_workspace",
             lambda: torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=model_runner.device),
         )
         tensor_cores = should_use_tensor_core(heads.kv_dtype, heads.query, heads.kv)
-        self._attention = PagedAttention(heads, pool.page_size, tensor_cores, workspace, _merge())
+        self._attention = PagedAttention(
+            heads, pool.page_size, tensor_cores, workspace, _merge(heads)
+        )
         self_test(self._attention, heads, pool.page_size)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Tokens of a request that SGLang makes up, also without graphs."""
+        return 1
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         step = StepInput.of(forward_batch)
@@ -69,6 +89,7 @@ class OrbitFlowFlashInferBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """``q`` is ``[requests, heads * head_dim]``; so is the result."""
+        compat.refuse_parts(kwargs)
         if save_kv_cache and k is not None:
             self._save(_by_head(k, layer.tp_k_head_num), _by_head(v, layer.tp_v_head_num),
                        layer, forward_batch)  # fmt: skip
@@ -89,6 +110,7 @@ class OrbitFlowFlashInferBackend(AttentionBackend):
         """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
         if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
             raise NotImplementedError(f"{FLASHINFER} serves decoder self-attention only")
+        compat.refuse_parts(kwargs)
         k, v = _by_head(k, layer.tp_k_head_num), _by_head(v, layer.tp_v_head_num)
         if save_kv_cache:
             self._save(k, v, layer, forward_batch)
@@ -120,13 +142,9 @@ def _heads(model_runner: Any) -> Heads:
     )
 
 
-def _merge() -> Any:
-    """SGLang's, which also serves more heads than FlashInfer's kernel has threads for; it is
-    there where SGLang takes FlashInfer to be usable."""
-    from sglang.srt.layers.attention import flashinfer_backend
-
-    if (safe := getattr(flashinfer_backend, "_safe_merge_state", None)) is not None:
-        return safe
+def _merge(heads: Heads) -> Any:
+    """FlashInfer's, but where there are more heads than its kernel has threads for."""
     from flashinfer.cascade import merge_state
 
-    return merge_state
+    lanes = heads.dim // max(16 // heads.q_dtype.itemsize, heads.dim // 32)
+    return merge_state if heads.query * lanes <= MOST_THREADS else merge_in_torch

@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from orbitflow_sglang.config import TORCH
+from orbitflow_sglang.engine import compat
 from orbitflow_sglang.engine.page_rows import HostRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
 from orbitflow_sglang.engine.runtime import Runtime, StepInput, spans
@@ -62,6 +63,7 @@ class OrbitFlowTorchBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """``q`` is ``[requests, heads * head_dim]``; so is the result."""
+        compat.refuse_parts(kwargs)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         merged = _Merge(q)
@@ -84,6 +86,7 @@ class OrbitFlowTorchBackend(AttentionBackend):
         """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
         if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
             raise NotImplementedError(f"{TORCH} serves decoder self-attention only")
+        compat.refuse_parts(kwargs)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
         self._save(k, v, layer, forward_batch, save_kv_cache)

@@ -150,6 +150,8 @@ def check_last(server_args: Any, previous: Callable[[Any], None]) -> None:
     sizing.check_sizes(config, layers, view.page_size, sizing.free_host_bytes())
     if config.profile is not None:
         profile_files.read_given(config.profile, layers)
+    if _device(view) == "cuda":
+        check_graphs(view.cuda_graph_config)
     if config.emulated_link_gb_per_s is not None and _device(view) != "cpu":
         raise _refusal(
             f"{flag('emulated_link_gb_per_s')} with --device {view.device}", "its link is real"
@@ -200,6 +202,14 @@ def check_arguments(view: Any) -> None:
     for variable in ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE"):
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t"):
             raise _refusal(variable, _PROCESS if "RUST" in variable else _BUFFERS)
+
+
+def check_graphs(resolved: Any) -> None:
+    """Raise ``ConfigError`` for a graph that was asked for by SGLang's JSON, which wins."""
+    for phase in ("decode", "prefill"):
+        backend = getattr(resolved, phase).backend
+        if str(getattr(backend, "value", backend)) != "disabled":
+            raise _refusal(f"--cuda-graph-config with {phase} graphs ({backend})", _NO_GRAPHS)
 
 
 def _device(view: Any) -> str:
@@ -255,13 +265,23 @@ def check_layers(model: torch.nn.Module) -> None:
                 )
 
 
+def refuse_parts(kwargs: dict[str, Any]) -> None:
+    """Raise ``NotImplementedError`` for a part of attention that would go unheeded: sinks, say."""
+    if given := sorted(name for name, value in kwargs.items() if value is not None):
+        raise NotImplementedError(
+            f"OrbitFlow's attention has no {', '.join(given)}: serve this model without "
+            "--enable-orbitflow"
+        )
+
+
 def write_kv_apart(model: torch.nn.Module) -> None:
     """Have models leave it to the attention backend to store KV.
 
     On a GPU some of them do it in the kernel of the rotary embedding, to buffers that the pool
     does not have. They ask a function first, each under a name in its own module.
     """
-    for name in {type(module).__module__ for module in model.modules()}:
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    for name in {kind.__module__ for kind in kinds}:
         if hasattr(module := sys.modules[name], _ASKS_TO_FUSE):
             setattr(module, _ASKS_TO_FUSE, lambda forward_batch: False)
 

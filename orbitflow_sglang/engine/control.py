@@ -229,6 +229,7 @@ class SchedulerControl:
         if step is None:
             return
         store, seconds = self._runtime.store, now - step.at_s
+        store.ring.note_stall()
         stall = store.ring.stall_s - step.stall_s
         pages = (store.engine.h2d.bytes - step.h2d_bytes) / store.layout.page_bytes
         self.feedback.transfers(int(pages), store.engine.h2d.busy_s - step.h2d_busy_s)

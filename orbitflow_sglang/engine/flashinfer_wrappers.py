@@ -219,6 +219,19 @@ class PagedAttention:
         return found if merged is None else self._merge(*merged, *found)
 
 
+def merge_in_torch(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What FlashInfer's ``merge_state`` gives, for any number of heads; two that attended to
+    nothing give zeros."""
+    most = torch.maximum(lse_a, lse_b)
+    most = torch.where(torch.isinf(most), 0.0, most)
+    a, b = torch.exp2(lse_a - most), torch.exp2(lse_b - most)
+    total = (a + b).clamp_min(torch.finfo(torch.float32).tiny)
+    merged = out_a.float() * (a / total)[..., None] + out_b.float() * (b / total)[..., None]
+    return merged.to(out_a.dtype), torch.log2(a + b) + most
+
+
 def self_test(attention: PagedAttention, heads: Heads, page_size: int) -> None:
     """Raise ``RuntimeError`` unless attention reads where ``LayerPass`` says.
 

@@ -129,7 +129,9 @@ class Probe:
     def _fill(self, batch: ScheduleBatch) -> None:
         """Open the pages of ``batch`` and write some KV to them."""
         store = self._runtime.store
-        pages = np.concatenate([self._runtime.pages_of(live) for live in _live(batch)])
+        live = _live(batch)
+        self._runtime.rows.written([one.row for one in live], [one.tokens for one in live])
+        pages = np.concatenate([self._runtime.pages_of(one) for one in live])
         starts = store.begin_uniform(pages, pages, pages)
         if starts is None:
             raise RuntimeError(f"{len(pages)} whole extents were expected to be free")

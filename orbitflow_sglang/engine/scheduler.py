@@ -203,9 +203,7 @@ def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:
         if not isinstance(found, expected):
             names = " or ".join(kind.__name__ for kind in expected)
             raise SystemExit(f"OrbitFlow: SGLang built a {type(found).__name__} instead of {names}")
-    model = scheduler.tp_worker.model_runner.model
-    compat.check_layers(model)
-    compat.write_kv_apart(model)
+    compat.check_layers(scheduler.tp_worker.model_runner.model)
     runtime = runtime_of(scheduler)
     size = allocator.page_size
     runtime.cached_pages = lambda: np.unique(

@@ -95,7 +95,7 @@ def _solve(
     problem: PlanningProblem, choose: Callable[[PlanningProblem, IntArray], Choice | None]
 ) -> Plan:
     begun = time.perf_counter()
-    problem = _as_the_authors(problem)
+    asked, problem = problem, _as_the_authors(problem)
     active = problem.with_users(problem.is_request)
     pages = problem.pages_now
     if problem.layers < 2:  # no distance offloads a single layer
@@ -119,7 +119,9 @@ def _solve(
         # With nothing that fits, the most that the model can offload.
         offloaded[row] = loads[0 if choice is None else choice.columns[number]]
     plan = _plan(problem, offloaded, active, choice)
-    return replace(plan, solve_s=time.perf_counter() - begun)
+    # Who is paused is on the host as a whole, what it grew by until then too.
+    offloaded[~active] = asked.pages[~active][:, None]
+    return replace(plan, problem=asked, solve_s=time.perf_counter() - begun)
 
 
 def _as_the_authors(problem: PlanningProblem) -> PlanningProblem:

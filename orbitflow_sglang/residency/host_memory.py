@@ -1,12 +1,14 @@
-"""Host memory that a GPU's copy engines can reach: pinned chunk by chunk, near that GPU.
+"""Host memory that a GPU's copy engines can reach: touched chunk by chunk, near that GPU.
 
-Pinning is what takes time in a large store, a second for some gigabytes, so it goes on in
-chunks and says how far it is. Memory belongs to the NUMA node of the core that touches it
-first: it is touched by a thread that runs where the GPU is attached.
+Getting the memory is what takes time in a large store, a second for some gigabytes, so it goes
+on in chunks and says how far it is. Memory belongs to the NUMA node of the core that touches it
+first: it is touched by a thread that runs where the GPU is attached. It is pinned as a whole,
+for a copy must not reach from one pinned range into another.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import os
@@ -33,13 +35,14 @@ def pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     Raises ``ResidencyError`` where the system does not let so much be pinned. It is never
     given back before the process ends.
     """
-    return pinned(shape, dtype, _register, local_cores(_bus_of(device)))
+    register = functools.partial(_register, device)
+    return pinned(shape, dtype, register, local_cores(_bus_of(device)))
 
 
 def pinned(
     shape: tuple[int, ...], dtype: torch.dtype, register: Register, cores: set[int]
 ) -> torch.Tensor:
-    """The same with what pins and whose cores touch it; ``cores`` empty: any."""
+    """The same with what pins, called once, and whose cores touch it; ``cores`` empty: any."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
@@ -85,23 +88,24 @@ def _pin(flat: np.ndarray, register: Register) -> None:
     for begin in range(0, flat.nbytes, CHUNK_BYTES):
         chunk = flat[begin : begin + CHUNK_BYTES]
         chunk[:: mmap.PAGESIZE] = 0
-        if (error := register(chunk.ctypes.data, chunk.nbytes)) != 0:
-            raise ResidencyError(
-                f"CUDA error {error} when pinning host memory, behind {begin / 1e9:.0f} of "
-                f"{flat.nbytes / 1e9:.0f} GB: give less with --orbitflow-host-memory-gb, or raise "
-                "the limit on locked memory (ulimit -l, docker run --ulimit memlock=-1)"
-            )
         if said:
             done = begin + chunk.nbytes
             logger.info(
-                "OrbitFlow pins host memory: %.0f of %.0f GB", done / 1e9, flat.nbytes / 1e9
+                "OrbitFlow takes host memory: %.0f of %.0f GB", done / 1e9, flat.nbytes / 1e9
             )
+    if (error := register(flat.ctypes.data, flat.nbytes)) != 0:
+        raise ResidencyError(
+            f"CUDA error {error} when pinning {flat.nbytes / 1e9:.0f} GB of host memory: give less "
+            "with --orbitflow-host-memory-gb, or raise the limit on locked memory (ulimit -l, "
+            "docker run --ulimit memlock=-1)"
+        )
 
 
-def _register(address: int, nbytes: int) -> int:
-    portable = 1  # cudaHostRegisterPortable: for every GPU of the process
+def _register(device: torch.device, address: int, nbytes: int) -> int:
+    portable, mapped = 1, 2  # for every GPU of the process, and for kernels too
     cuda: Any = torch.cuda
-    return int(cuda.cudart().cudaHostRegister(address, nbytes, portable))
+    with cuda.device(device):  # of this thread, which would else begin to use the first one
+        return int(cuda.cudart().cudaHostRegister(address, nbytes, portable | mapped))
 
 
 def _bus_of(device: torch.device) -> str | None:

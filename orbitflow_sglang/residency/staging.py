@@ -177,7 +177,7 @@ class StagingRing:
 
     def end(self) -> None:
         """The step is over: nothing of it is left in the ring but what is for the next."""
-        self.stall_s += self._engine.take_stall_s()
+        self.note_stall()
         self._todo.clear()
         for piece in chain.from_iterable(self._pieces):
             if piece.transfer is not None:  # the step was given up before its turn
@@ -185,6 +185,10 @@ class StagingRing:
         self._pieces = [[] for _ in self._pieces]
 
     # --- between steps --------------------------------------------------------
+
+    def note_stall(self) -> None:
+        """Count what compute has waited on a device, where that is known only behind the step."""
+        self.stall_s += self._engine.take_stall_s()
 
     def forget(self, pages: np.ndarray) -> None:
         """``pages`` are to be freed or written: take them out of what was fetched ahead."""

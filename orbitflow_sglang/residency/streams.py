@@ -222,26 +222,20 @@ class CUDACopier:
                 t, s = int(to[begin]), int(of[begin])
                 target[t : t + count].copy_(source[s : s + count], non_blocking=True)
         else:
-            self._kernels.copy_pages(target, source, self._ids(to), self._ids(of), self._count(to))
+            self._kernels.copy_pages(target, source, *self._on_device(to, of))
 
     def rows(
         self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, first: np.ndarray
     ) -> None:
         source.record_stream(torch.cuda.current_stream())
-        self._kernels.copy_rows(
-            target, source.contiguous(), self._ids(to), self._ids(first), self._count(to)
-        )
+        self._kernels.copy_rows(target, source.contiguous(), *self._on_device(to, first))
 
-    def _ids(self, ids: np.ndarray) -> torch.Tensor:
-        return to_device(ids.astype(np.int32), self._device)
-
-    def _count(self, ids: np.ndarray) -> torch.Tensor:
-        return _constant(len(ids), self._device)
-
-
-@functools.lru_cache(4096)
-def _constant(value: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.int32, device=device)
+    def _on_device(
+        self, to: np.ndarray, of: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Both ids, and how many, in one small copy."""
+        sent = to_device(np.concatenate([to, of, [len(to)]]).astype(np.int32), self._device)
+        return sent[: len(to)], sent[len(to) : -1], sent[-1:]
 
 
 def run_begins(to: np.ndarray, of: np.ndarray) -> list[int]:

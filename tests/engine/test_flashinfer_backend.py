@@ -30,16 +30,21 @@ FAKE = Path(__file__).parents[1] / "fake_flashinfer"
 CHOSEN = POLICIES if FULL else ("all-host", "random:1")
 
 
+COMMON = (
+    *("--attention-backend", "orbitflow_flashinfer", "--disable-overlap-schedule"),
+    *("--orbitflow-host-memory-gb", "0.5", "--page-size", "16", "--chunked-prefill-size", "256"),
+)
+ENV = {**TEST_CONTROL, "PYTHONPATH": str(FAKE)}
+
+
 @pytest.fixture(scope="module")
 def server(stock: Stock) -> Iterator[Server]:
     stock.answers("llama", workload("llama"))  # one server at a time
     args = orbitflow_args(
-        "llama", "--attention-backend", "orbitflow_flashinfer", "--disable-overlap-schedule",
-        "--orbitflow-arena-tokens", "1024", "--orbitflow-host-memory-gb", "0.5",
-        "--orbitflow-policy", "static:1", "--page-size", "16", "--chunked-prefill-size", "256",
+        "llama", *COMMON, "--orbitflow-arena-tokens", "1024", "--orbitflow-policy", "static:1",
         "--orbitflow-ring-pages", "40",
     )  # fmt: skip
-    with Server(args, env={**TEST_CONTROL, "PYTHONPATH": str(FAKE)}) as started:
+    with Server(args, env=ENV) as started:
         yield started
 
 
@@ -68,3 +73,20 @@ def test_a_corrupted_page_is_noticed(server: Server, stock: Stock) -> None:
     assert result.failures
     set_internal_state(server, "orbitflow_corrupt", 0)
     assert_nothing_is_left(server)
+
+
+def test_the_controller_measures_and_serves_more_than_fits(
+    stock: Stock, identity_cells: dict[str, Comparison], tmp_path: Path
+) -> None:
+    """Runs last in this file: with a server of its own, whose costs are not known from earlier."""
+    wanted = workload("llama")
+    expected = stock.answers("llama", wanted)
+    args = orbitflow_args("llama", *COMMON, "--orbitflow-arena-tokens", "2048")
+    with Server(args, env={**ENV, "ORBITFLOW_CACHE_DIR": str(tmp_path)}) as ours:
+        result = compare(expected, ours.generate_many(wanted, 16))
+        (state,) = ours.orbitflow()
+        assert_nothing_is_left(ours)
+    identity_cells["orbitflow flashinfer's place taken"] = result
+    assert not result.failures, result
+    assert state is not None and state["profile"]["source"] == "measured"
+    assert state["control"]["pauses"] + state["tiered_steps"] > 0, "nothing was ever short"

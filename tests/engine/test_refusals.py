@@ -148,6 +148,19 @@ def test_graphs_are_refused_on_a_gpu(compat: ModuleType, phase: str) -> None:
     assert f"--cuda-graph-backend-{phase} full: a step whose KV is partly on the host" in message
 
 
+def test_graphs_by_json_are_refused_too(compat: ModuleType) -> None:
+    off, on = SimpleNamespace(backend="disabled"), SimpleNamespace(backend="full")
+    compat.check_graphs(SimpleNamespace(decode=off, prefill=off))
+    with pytest.raises(ConfigError, match="--cuda-graph-config with decode graphs"):
+        compat.check_graphs(SimpleNamespace(decode=on, prefill=off))
+
+
+def test_parts_of_attention_that_would_go_unheeded_are_refused(compat: ModuleType) -> None:
+    compat.refuse_parts({"sinks": None})
+    with pytest.raises(NotImplementedError, match="no sinks"):
+        compat.refuse_parts({"sinks": torch.zeros(1), "k_rope": None})
+
+
 def test_each_device_has_an_attention_backend_of_its_own(
     compat: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from eval.tiny_model import TinyModel, build
 MODEL = TinyModel("llama", layers=8, heads=8)
 COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", "--disable-overlap-schedule",
           "--disable-cuda-graph")  # fmt: skip
-WANTED = mixed_requests(32, seed=0, longest=2300, max_new_tokens=48, shared_fraction=0.5)
+WANTED = mixed_requests(32, seed=0, longest=900, max_new_tokens=48, shared_fraction=0.5)
 POLICIES = ("resident", "static:1", "all-host", "random:1")
 START_S = 900  # FlashInfer compiles what it has not compiled before
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from orbitflow_sglang.engine.flashinfer_wrappers import (
     Heads,
     PagedAttention,
     TokenSlots,
+    merge_in_torch,
     self_test,
 )
 from orbitflow_sglang.residency.step import LayerPass
@@ -33,11 +35,8 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FAKE))
 
 
-def attention(page_size: int) -> PagedAttention:
-    from flashinfer.cascade import merge_state
-
-    workspace = torch.zeros(16, dtype=torch.uint8)
-    return PagedAttention(HEADS, page_size, True, workspace, merge_state)
+def attention(page_size: int, merge: Any = merge_in_torch) -> PagedAttention:
+    return PagedAttention(HEADS, page_size, True, torch.zeros(16, dtype=torch.uint8), merge)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -46,9 +45,12 @@ def test_decode_reads_each_layers_own_pages_behind_one_plan(
     tokens: list[int], page_size: int
 ) -> None:
     tokens = tokens if page_size > 1 else [min(t, 7) for t in tokens]
-    paged = attention(page_size)
-    check_decode(paged, HEADS, tokens, page_size, device="cpu", tolerance=1e-5)
-    assert paged._decode.plans == 1
+    from flashinfer.cascade import merge_state
+
+    for merge in (merge_state, merge_in_torch):
+        paged = attention(page_size, merge)
+        check_decode(paged, HEADS, tokens, page_size, device="cpu", tolerance=1e-5)
+        assert paged._decode.plans == 1
 
 
 @pytest.mark.parametrize("prefix", EXTEND)

@@ -7,11 +7,36 @@ at that attribute in a run alone. ``tests/gpu`` asks the same of the real one.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 
 __version__ = "0.7.2"
+
+
+def _write_rows_as_a_kernel_does() -> None:
+    """On a GPU a kernel writes the rows of a prefill, and no method of the pool tells of it."""
+    from sglang.srt.mem_cache import allocation
+
+    def write_cache_indices(
+        out_cache_loc: Any, rows: Any, rows_cpu: Any, prefix_lens: Any, prefix_lens_cpu: Any,
+        seq_lens: Any, seq_lens_cpu: Any, extend_lens: Any, extend_lens_cpu: Any,
+        prefix_tensors: Any, req_to_token_pool: Any,
+    ) -> None:  # fmt: skip
+        first = 0
+        for i, row in enumerate(rows_cpu.tolist()):
+            prefix, end = int(prefix_lens_cpu[i]), int(seq_lens_cpu[i])
+            table = req_to_token_pool.req_to_token
+            table[row, :prefix] = prefix_tensors[i]
+            table[row, prefix:end] = out_cache_loc[first : first + end - prefix]
+            first += end - prefix
+
+    allocation.write_cache_indices = write_cache_indices
+
+
+if "sglang.srt.managers.scheduler" in sys.modules:
+    _write_rows_as_a_kernel_does()
 
 
 class _Wrapper:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from problems import paper_by_trying, problem, random_problem
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
+from orbitflow_sglang.planner.evaluation import plan_faults
 from orbitflow_sglang.planner.paper import solve_paper, solve_paper_uniform
 from orbitflow_sglang.planner.patterns import widest_distances
 from orbitflow_sglang.planner.problem import Plan, PlanningProblem
@@ -100,6 +103,17 @@ def test_the_longest_is_paused_until_memory_has_a_plan() -> None:
     assert plan.status == "paused"
     alone = solve_paper(problem([30], layers=4, arena=40))
     assert (alone.status, alone.units[0].pattern) == ("infeasible", "distance:1")
+
+
+def test_an_engine_can_adopt_a_plan_that_pauses() -> None:
+    """Of a paused request all is on the host, what it grows by as well; nor are ring and tails
+    forgotten, though the authors' memory does not know of them."""
+    grown = problem([10, 30, 20], layers=4, arena=110)
+    units = tuple(replace(unit, growth_pages_per_layer=2) for unit in grown.units)
+    asked = replace(grown, units=units, ring_pages=8)
+    plan = solve_paper(asked)
+    assert [unit.paused for unit in plan.units] == [False, True, False]
+    assert plan_faults(asked, plan.offloaded, plan.paused) == []
 
 
 def test_slo_and_deposit_set_the_status_and_nothing_else() -> None:

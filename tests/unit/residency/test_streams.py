@@ -158,7 +158,7 @@ def test_what_compute_has_waited_is_counted_once_it_is_over(
     transfer.wait()
     assert store.engine.take_stall_s() == 0, "compute has not got there"
     streams.finish()
-    store.ring.end()
+    store.ring.note_stall()
     assert store.ring.stall_s == 0.25
     assert store.engine.take_stall_s() == 0, "taken"
 
