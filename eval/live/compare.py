@@ -246,6 +246,8 @@ def _setup(options: argparse.Namespace) -> Setup:
     base = contestants.ON_GPU if options.gpu else Setup()
     fields = ("arena_tokens", "link_gb_per_s", "host_memory_gb", "threads")
     given = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+    if options.real_compute:
+        given["compute_ms"] = None
     return replace(base, **given, server_args=tuple(options.server_args.split()))
 
 
@@ -270,6 +272,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--link-gb-per-s", type=float, help=f"emulated ({default.link_gb_per_s})")
     add("--host-memory-gb", type=float, help=f"({default.host_memory_gb})")
     add("--threads", type=int, help=f"of PyTorch ({default.threads})")
+    add("--real-compute", action="store_true", help="layers take what they take")
     add("--gpu", action="store_true", help="make eval-gpu: on an NVIDIA GPU, model of 8B shape")
     add("--server-args", default="", metavar="'ARGS'", help="for every server, last")
     add("--seed", type=int, default=0, help="of traces, prompts and orders (%(default)s)")

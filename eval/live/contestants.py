@@ -9,7 +9,7 @@
 
 All have the same device KV, page size, prefill chunk, bound on running requests and, but for
 ``stock-torch-native``, attention kernels. On the CPU, host and device are joined by an emulated
-link.
+link, and layers take at least the time of an emulated device.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Setup:
 
     device: str = "cpu"
     arena_tokens: int = 4096
-    link_gb_per_s: float | None = 0.4  # emulated, 10^9 bytes/s in each direction; None: a real one
+    link_gb_per_s: float | None = 0.28  # emulated, 10^9 bytes/s each direction; None: a real one
+    # Emulated too, milliseconds of a layer: see ``engine.emulated_compute``. None: as it comes.
+    compute_ms: tuple[float, float, float, float] | None = (1.6, 0.06, 0.2, 36.0)
     host_memory_gb: float = 0.25
     page_size: int = 16
     prefill_chunk: int = 512
@@ -81,7 +83,7 @@ class Setup:
 # A capped KV budget: on a whole card little would be hidden behind compute (``docs/gpu.md``).
 ON_GPU = Setup(
     device="cuda", arena_tokens=65_536, link_gb_per_s=None, host_memory_gb=64.0, page_size=64,
-    prefill_chunk=2048, max_running=64, layers=GPU_MODEL.layers, threads=None,
+    prefill_chunk=2048, max_running=64, layers=GPU_MODEL.layers, threads=None, compute_ms=None,
 )  # fmt: skip
 
 
@@ -126,8 +128,14 @@ def server(name: str, setup: Setup, log: Path | None = None) -> Server:
     """The contestant's server, not yet started."""
     if setup.device == "cpu":
         args: Sequence[str] = stock_args(build(setup.model), *flags(name, setup))
-        return Server(args, env=threads_env(setup.threads), log=log)
+        return Server(args, env=threads_env(setup.threads) | _compute_env(setup), log=log)
     model = str(build(setup.model, weights=False))
     args = ["--model-path", model, "--load-format", "dummy", "--dtype", "bfloat16",
             "--enable-metrics", *flags(name, setup)]  # fmt: skip
     return Server(args, base_env=GPU_ENV, log=log, start_timeout_s=GPU_START_S)
+
+
+def _compute_env(setup: Setup) -> dict[str, str]:
+    if setup.compute_ms is None:
+        return {}
+    return {"ORBITFLOW_EMULATED_COMPUTE": ",".join(map(str, setup.compute_ms))}

@@ -20,6 +20,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from orbitflow_sglang.config import TORCH
 from orbitflow_sglang.engine import compat
+from orbitflow_sglang.engine.emulated_compute import EmulatedCompute, LayerCosts
 from orbitflow_sglang.engine.page_rows import HostRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
 from orbitflow_sglang.engine.runtime import Runtime, StepInput, spans
@@ -46,11 +47,15 @@ class OrbitFlowTorchBackend(AttentionBackend):
                 "use another attention backend"
             )
         self._new_tokens: list[int] = []
+        costs = LayerCosts.from_env()
+        self._emulated = None if costs is None else EmulatedCompute(costs)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         step = StepInput.of(forward_batch)
         self._new_tokens = [n - b for n, b in zip(step.seq_lens, step.before, strict=True)]
         self.reader.begin(step)
+        if self._emulated is not None:
+            self._emulated.begin(step, self.reader.stall_s)
 
     def forward_decode(
         self,
@@ -71,7 +76,7 @@ class OrbitFlowTorchBackend(AttentionBackend):
             for i, (pages, tokens) in enumerate(zip(part.pages, part.tokens, strict=True)):
                 if tokens:
                     merged.add(i, i + 1, *_gather(part, pages, tokens), layer.scaling)
-        return merged.result()
+        return self._ended(merged.result())
 
     def forward_extend(
         self,
@@ -101,7 +106,12 @@ class OrbitFlowTorchBackend(AttentionBackend):
             for start, end, pages, tokens in rows:
                 if tokens:
                     merged.add(start, end, *_gather(part, pages, tokens), layer.scaling)
-        return merged.result()
+        return self._ended(merged.result())
+
+    def _ended(self, out: torch.Tensor) -> torch.Tensor:
+        if self._emulated is not None:
+            self._emulated.end_layer(self.reader.stall_s)
+        return out
 
     def support_triton(self) -> bool:
         return False
@@ -123,6 +133,8 @@ class OrbitFlowTorchBackend(AttentionBackend):
 
 class StockReader:
     """Pages of SGLang's own pool: each layer has its buffer, and one id names a page in all."""
+
+    stall_s = 0.0  # nothing is ever waited for
 
     def __init__(self, pool: MHATokenToKVPool, rows: HostRows) -> None:
         self._pool = pool

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import logging
 import math
+import os
 import platform
 import statistics
 import time
@@ -20,7 +21,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from orbitflow_sglang import __version__
 from orbitflow_sglang.config import OrbitFlowConfig, flag
-from orbitflow_sglang.engine import profile_files, ranks
+from orbitflow_sglang.engine import emulated_compute, profile_files, ranks
 from orbitflow_sglang.engine.probe import Probe
 from orbitflow_sglang.engine.runtime import ProfileOrigin, Runtime
 from orbitflow_sglang.planner import measuring
@@ -125,6 +126,7 @@ def _key(
         "tp_size": get_parallel().tp_size,
         "attention_backend": args.attention_backend,
         "link_gb_per_s": config.emulated_link_gb_per_s,
+        "compute": os.environ.get(emulated_compute.VARIABLE),
         "host_store": store.host.num_pages >= 2,
         "points": points,
         "prefill": _prefill_tokens(scheduler, room),

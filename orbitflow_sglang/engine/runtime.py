@@ -167,6 +167,11 @@ class Runtime:
         if self.store.step is not None:
             self.store.end()
 
+    @property
+    def stall_s(self) -> float:
+        """Seconds that compute has waited for pages since start."""
+        return self.store.ring.stall_s
+
     def pages_of(self, request: LiveRequest) -> np.ndarray:
         """Logical pages of a request, in the order of its tokens."""
         return self.rows.pages(request.row, request.tokens)
