@@ -12,17 +12,18 @@ a repeat has a trace and prompts of its own, the load is that of the first one's
 SLOs are multiples of what was measured at the start: TPOT two decode steps of a batch that
 fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
 
-Chosen so that memory is the bottleneck, as measured on two cores of an AMD EPYC:
+Chosen so that memory is the bottleneck, on two cores of an AMD EPYC:
 - One thread of PyTorch: with two a step took 24 instead of 15 ms. SGLang's other
   processes, copies and the client have the other core.
+- Layers take the time of an emulated device, a third more than these cores need, so that a
+  machine whose speed varies does not decide: see docs/evaluation.md. --real-compute: not.
 - Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
-  mean size fit (676 tokens), two of the largest. t = 14 to 15 ms; prefill takes 0.21 ms a
-  token (0.25 beside a busy core). So what fills the arena was prefilled in 0.8 s and decodes
-  for 2.5 s: mu = 3.4 (2.6 to 2.8 beside a busy core). With outputs half as long it is 1.6.
-- Link 0.4e9 bytes/s: h = 6 MB a step, rho = 0.17 to 0.18 of the arena.
+  mean size fit (676 tokens), two of the largest. t = 24 ms; prefill takes 0.33 ms a token.
+  So what fills the arena was prefilled in 1.4 s and decodes for 4 s: mu = 3.2.
+- Link 0.28e9 bytes/s: h = 7 MB a step, rho = 0.2 of the arena.
 - Prefill chunks of 512 tokens: one stops decoding for the time of 7 steps.
-- 200 requests: 165 s to drain and 193 s at load 0.9 with `stock` while others kept a core
-  busy, and 20 to 30 s for the server. `static:d` is bound by the link and takes 9 minutes.
+- 200 requests: 260 s to drain, 290 s at load 0.9, and 20 to 30 s for the server. `static:d` is
+  bound by the link and takes twice as long.
 - No prompt shares a prefix with another, so the radix cache decides nothing.
 
 With --gpu (``make eval-gpu``) the same on an NVIDIA GPU: a model of 8B shape with made-up
