@@ -17,7 +17,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from eval.client import Generation, Request
@@ -100,6 +100,17 @@ def assert_identical(
     if not result.ok:
         raise AssertionError(f"not identical: {result}")
     return result
+
+
+def first_drift(one: Sequence[Generation], other: Sequence[Generation]) -> float:
+    """Largest logprob difference before two texts of a request part."""
+    drift = 0.0
+    for a, b in zip(one, other, strict=True):
+        tokens = zip_longest(a.output_ids, b.output_ids)
+        same = next((i for i, (x, y) in enumerate(tokens) if x != y), len(a.output_ids))
+        pairs = zip(a.logprobs[:same], b.logprobs[:same], strict=True)
+        drift = max([drift, *(abs(x - y) for x, y in pairs)])
+    return drift
 
 
 def _compare_one(

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     setup, mix = _setup(options), replace(GPU_MIX if options.gpu else Mix(), cv=options.cv)
     try:
         for name in (*options.contestants, options.calibrate_with):
-            contestants.check(name, setup.device)
+            contestants.check(name, setup)
         results = Results(
             options.out, _settings(options, setup, mix), options.resume, options.redo_disturbed
         )

@@ -1,7 +1,8 @@
 """Who is compared: a name, and the server flags that it stands for.
 
     stock                 SGLang as it is; on the CPU with OrbitFlow's attention backend
-    stock-torch-native    SGLang as it is, on the CPU with its own attention backend
+    stock-torch-native    SGLang as it is, on the CPU with its own attention backend, which
+                          needs --real-compute
     stock-eager           SGLang on a GPU without CUDA graphs and overlap, as OrbitFlow runs there
     hicache               SGLang on a GPU with its hierarchical cache
     POLICY[:no-RULE...]   OrbitFlow with that policy: retract, swap+order, static:2, orbitflow
@@ -24,16 +25,20 @@ from eval.server import GPU_ENV, Server, stock_args
 from eval.tiny_model import TinyModel, build
 from orbitflow_sglang.control.policies import find_policy
 
+NATIVE = "stock-torch-native"
 # Flags of those that are no policy, by device.
-_EAGER = ("--disable-cuda-graph", "--disable-overlap-schedule")
+EAGER = (
+    *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+    "--disable-overlap-schedule",
+)
 STOCK: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "stock": ("--attention-backend", "orbitflow_torch"),
-        "stock-torch-native": ("--attention-backend", "torch_native"),
+        NATIVE: ("--attention-backend", "torch_native"),
     },
     "cuda": {
         "stock": ("--attention-backend", "flashinfer"),
-        "stock-eager": ("--attention-backend", "flashinfer", *_EAGER),
+        "stock-eager": ("--attention-backend", "flashinfer", *EAGER),
         "hicache": ("--attention-backend", "flashinfer", "--enable-hierarchical-cache"),
     },
 }
@@ -87,9 +92,11 @@ ON_GPU = Setup(
 )  # fmt: skip
 
 
-def check(name: str, device: str = "cpu") -> None:
-    """Raise ``ValueError`` when there is no such contestant."""
-    stock = STOCK[device]
+def check(name: str, setup: Setup) -> None:
+    """Raise ``ValueError`` when there is no such contestant in this setup."""
+    stock = STOCK[setup.device]
+    if name == NATIVE and setup.compute_ms is not None:
+        raise ValueError(f"the compute of {name} cannot be emulated: give --real-compute")
     if name in stock:
         return
     if name.startswith(("stock", "hicache")):
@@ -103,7 +110,7 @@ def is_paced(name: str) -> bool:
 
 def flags(name: str, setup: Setup) -> list[str]:
     """Server flags of a contestant, without those of every server on that device."""
-    check(name, setup.device)
+    check(name, setup)
     arena = str(setup.arena_tokens)
     common = [
         *STOCK[setup.device].get(name, ("--attention-backend", OURS[setup.device])),

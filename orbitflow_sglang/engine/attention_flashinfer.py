@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.flashinfer_backend import should_use_tensor_core
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_buffer, get_parallel
 
 from orbitflow_sglang.config import FLASHINFER
 from orbitflow_sglang.engine import compat
+from orbitflow_sglang.engine.attention_base import OrbitFlowBackend
 from orbitflow_sglang.engine.flashinfer_wrappers import (
     Heads,
     PagedAttention,
@@ -34,8 +33,8 @@ MOST_THREADS = 1024  # of a block
 WORKSPACE_BYTES = 512 << 20  # what SGLang takes for the models that need most
 
 
-class OrbitFlowFlashInferBackend(AttentionBackend):
-    """One object per model runner; a step is prepared by ``init_forward_metadata``."""
+class OrbitFlowFlashInferBackend(OrbitFlowBackend):
+    name = FLASHINFER
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
@@ -78,56 +77,14 @@ class OrbitFlowFlashInferBackend(AttentionBackend):
         self._attention.begin(counts, tokens, new_tokens)
         self._runtime.begin(step)
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
+    def decode(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        return self._attention.decode(q, self._runtime.passes(layer.layer_id), layer.scaling)
+
+    def extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
     ) -> torch.Tensor:
-        """``q`` is ``[requests, heads * head_dim]``; so is the result."""
-        compat.refuse_parts(kwargs)
-        if save_kv_cache and k is not None:
-            self._save(_by_head(k, layer.tp_k_head_num), _by_head(v, layer.tp_v_head_num),
-                       layer, forward_batch)  # fmt: skip
-        q = _by_head(q.contiguous(), layer.tp_q_head_num)
         parts = self._runtime.passes(layer.layer_id)
-        return self._attention.decode(q, parts, layer.scaling).flatten(1)
-
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
-        if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
-            raise NotImplementedError(f"{FLASHINFER} serves decoder self-attention only")
-        compat.refuse_parts(kwargs)
-        k, v = _by_head(k, layer.tp_k_head_num), _by_head(v, layer.tp_v_head_num)
-        if save_kv_cache:
-            self._save(k, v, layer, forward_batch)
-        q = _by_head(q.contiguous(), layer.tp_q_head_num)
-        parts = self._runtime.passes(layer.layer_id)
-        return self._attention.extend(q, k, v, parts, layer.scaling).flatten(1)
-
-    def _save(
-        self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> None:
-        loc = KVWriteLoc(forward_batch.out_cache_loc, None)
-        self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
-
-
-def _by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[tokens, heads * dim]`` as ``[tokens, heads, dim]``."""
-    return states.view(len(states), heads, -1)
+        return self._attention.extend(q, k, v, parts, layer.scaling)
 
 
 def _heads(model_runner: Any) -> Heads:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from orbitflow_sglang.config import TORCH
-from orbitflow_sglang.engine import compat
+from orbitflow_sglang.engine.attention_base import OrbitFlowBackend
 from orbitflow_sglang.engine.emulated_compute import EmulatedCompute, LayerCosts
 from orbitflow_sglang.engine.page_rows import HostRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
@@ -27,8 +26,8 @@ from orbitflow_sglang.engine.runtime import Runtime, StepInput, spans
 from orbitflow_sglang.residency.store import LayerPass
 
 
-class OrbitFlowTorchBackend(AttentionBackend):
-    """One object per model runner; a step is prepared by ``init_forward_metadata``."""
+class OrbitFlowTorchBackend(OrbitFlowBackend):
+    name = TORCH
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
@@ -57,20 +56,7 @@ class OrbitFlowTorchBackend(AttentionBackend):
         if self._emulated is not None:
             self._emulated.begin(step, self.reader.stall_s)
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """``q`` is ``[requests, heads * head_dim]``; so is the result."""
-        compat.refuse_parts(kwargs)
-        self._save(k, v, layer, forward_batch, save_kv_cache)
-        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+    def decode(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         merged = _Merge(q)
         for part in self.reader.passes(layer.layer_id):
             for i, (pages, tokens) in enumerate(zip(part.pages, part.tokens, strict=True)):
@@ -78,24 +64,9 @@ class OrbitFlowTorchBackend(AttentionBackend):
                     merged.add(i, i + 1, *_gather(part, pages, tokens), layer.scaling)
         return self._ended(merged.result())
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
+    def extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
     ) -> torch.Tensor:
-        """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
-        if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
-            raise NotImplementedError(f"{TORCH} serves decoder self-attention only")
-        compat.refuse_parts(kwargs)
-        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
-        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        self._save(k, v, layer, forward_batch, save_kv_cache)
-        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         ends = np.cumsum(self._new_tokens).tolist()
         starts = [0, *ends[:-1]]
         merged = _Merge(q)
@@ -115,20 +86,6 @@ class OrbitFlowTorchBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return False
-
-    def _save(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool,
-    ) -> None:
-        if save_kv_cache and k is not None:
-            k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
-            v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
-            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
 
 
 class StockReader:
@@ -187,11 +144,11 @@ class _Merge:
         self._parts[start, end] = (out, lse)
 
     def result(self) -> torch.Tensor:
-        """``[rows, heads * head_dim]``, rows that attended to nothing being zero."""
+        """``[rows, heads, head_dim]``, rows that attended to nothing being zero."""
         merged = torch.zeros_like(self._q)
         for (start, end), (out, _) in self._parts.items():
             merged[start:end] = out[0].transpose(0, 1)
-        return merged.flatten(1)
+        return merged
 
 
 def _merge(

@@ -12,8 +12,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from orbitflow_sglang.config import OrbitFlowConfig
 from orbitflow_sglang.control.view import StepDecision
 from orbitflow_sglang.engine import calibration, compat, hooks, ranks
-from orbitflow_sglang.engine.attention_flashinfer import OrbitFlowFlashInferBackend
-from orbitflow_sglang.engine.attention_torch import OrbitFlowTorchBackend
+from orbitflow_sglang.engine.attention_base import OrbitFlowBackend
 from orbitflow_sglang.engine.control import SchedulerControl
 from orbitflow_sglang.engine.launcher import HANDSHAKE
 from orbitflow_sglang.engine.placement import LiveRequest
@@ -198,11 +197,11 @@ def get_init_info(info: dict[str, Any], scheduler: Scheduler) -> dict[str, Any]:
     hooks.verify(hooks.SCHEDULER)
     allocator = scheduler.token_to_kv_pool_allocator
     backend = scheduler.tp_worker.model_runner.attn_backend
-    backends = (OrbitFlowTorchBackend, OrbitFlowFlashInferBackend)
-    for found, expected in ((allocator, (OrbitFlowAllocator,)), (backend, backends)):
+    for found, expected in ((allocator, OrbitFlowAllocator), (backend, OrbitFlowBackend)):
         if not isinstance(found, expected):
-            names = " or ".join(kind.__name__ for kind in expected)
-            raise SystemExit(f"OrbitFlow: SGLang built a {type(found).__name__} instead of {names}")
+            raise SystemExit(
+                f"OrbitFlow: SGLang built a {type(found).__name__} instead of {expected.__name__}"
+            )
     compat.check_layers(scheduler.tp_worker.model_runner.model)
     runtime = runtime_of(scheduler)
     size = allocator.page_size

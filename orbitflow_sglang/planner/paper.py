@@ -113,14 +113,13 @@ def _solve(
         active[running[::-1][np.argmax(_lengths(problem)[running[::-1]])]] = False
         active = problem.with_users(active & problem.is_request)
     offloaded = np.zeros((len(pages), problem.layers), dtype=np.int64)
-    offloaded[~active] = pages[~active][:, None]
+    # Who is paused is on the host as a whole, with all that it grew by until then.
+    offloaded[~active] = asked.pages[~active][:, None]
     for number, row in enumerate(rows):
         loads, _ = distance_columns(int(pages[row]), problem.layers)
         # With nothing that fits, the most that the model can offload.
         offloaded[row] = loads[0 if choice is None else choice.columns[number]]
     plan = _plan(problem, offloaded, active, choice)
-    # Who is paused is on the host as a whole, what it grew by until then too.
-    offloaded[~active] = asked.pages[~active][:, None]
     return replace(plan, problem=asked, solve_s=time.perf_counter() - begun)
 
 

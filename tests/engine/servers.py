@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from eval.client import Client, Generation, Request
-from eval.identity import mixed_requests
+from eval.identity import Comparison, compare, mixed_requests
 from eval.server import CPU_ENV, ROOT, Server, stock_args
 from eval.tiny_model import TinyModel, build
 from orbitflow_sglang.config import CONFIG_ENV
@@ -138,6 +138,33 @@ def use_policy(client: Client, name: str) -> None:
 def set_internal_state(client: Client, key: str, value: int) -> None:
     answer = client.post("/set_internal_state", {"server_args": {key: value}}).json()
     assert answer and all(answer), answer
+
+
+def assert_identical_to_stock(server: Client, stock: Stock, style: str, policy: str) -> Comparison:
+    """Under ``policy``, some requests being given up: same tokens, KV on the host, nothing left."""
+    use_policy(server, policy)
+    result = compare_with_stock(server, stock, style)
+    assert not result.failures, result
+    (state,) = server.orbitflow()
+    assert state is not None and state["h2d"]["bytes"] > 0, "nothing was ever on the host"
+    assert_nothing_is_left(server)
+    return result
+
+
+def assert_corruption_is_noticed(server: Client, stock: Stock, style: str) -> None:
+    """The test of the test: one page changed on the host must show in the tokens."""
+    use_policy(server, "all-host")
+    set_internal_state(server, "orbitflow_corrupt", 8)
+    assert compare_with_stock(server, stock, style).failures
+    set_internal_state(server, "orbitflow_corrupt", 0)
+    assert_nothing_is_left(server)
+
+
+def compare_with_stock(server: Client, stock: Stock, style: str) -> Comparison:
+    wanted = workload(style)
+    outcome = run_with_aborts(server, wanted)
+    expected = stock.answers(style, wanted)
+    return compare(expected, outcome.generations, cut_short=outcome.aborted)
 
 
 def assert_nothing_is_left(client: Client) -> None:

@@ -15,11 +15,10 @@ from servers import (
     POLICIES,
     TEST_CONTROL,
     Stock,
+    assert_corruption_is_noticed,
+    assert_identical_to_stock,
     assert_nothing_is_left,
     orbitflow_args,
-    run_with_aborts,
-    set_internal_state,
-    use_policy,
     workload,
 )
 
@@ -28,8 +27,6 @@ from eval.server import Server
 
 FAKE = Path(__file__).parents[1] / "fake_flashinfer"
 CHOSEN = POLICIES if FULL else ("all-host", "random:1")
-
-
 COMMON = (
     *("--attention-backend", "orbitflow_flashinfer", "--disable-overlap-schedule"),
     *("--orbitflow-host-memory-gb", "0.5", "--page-size", "16", "--chunked-prefill-size", "256"),
@@ -52,27 +49,12 @@ def server(stock: Stock) -> Iterator[Server]:
 def test_tokens_are_those_of_stock_sglang(
     server: Server, policy: str, stock: Stock, identity_cells: dict[str, Comparison]
 ) -> None:
-    wanted = workload("llama")
-    use_policy(server, policy)
-    outcome = run_with_aborts(server, wanted)
-    result = compare(stock.answers("llama", wanted), outcome.generations, cut_short=outcome.aborted)
+    result = assert_identical_to_stock(server, stock, "llama", policy)
     identity_cells[f"{policy} flashinfer's place taken"] = result
-    assert not result.failures, result
-    (state,) = server.orbitflow()
-    assert state is not None and (policy == "resident" or state["h2d"]["bytes"] > 0)
-    assert_nothing_is_left(server)
 
 
 def test_a_corrupted_page_is_noticed(server: Server, stock: Stock) -> None:
-    """The test of the test: one page changed on the host must show in the tokens."""
-    use_policy(server, "all-host")
-    set_internal_state(server, "orbitflow_corrupt", 8)
-    wanted = workload("llama")
-    outcome = run_with_aborts(server, wanted)
-    result = compare(stock.answers("llama", wanted), outcome.generations, cut_short=outcome.aborted)
-    assert result.failures
-    set_internal_state(server, "orbitflow_corrupt", 0)
-    assert_nothing_is_left(server)
+    assert_corruption_is_noticed(server, stock, "llama")
 
 
 def test_the_controller_measures_and_serves_more_than_fits(

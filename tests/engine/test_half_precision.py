@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
-
 from servers import MODELS, in_full_only, orbitflow_args, workload
 
-from eval.client import Generation
-from eval.identity import compare
+from eval.identity import compare, first_drift
 from eval.server import Server, stock_args
 from eval.tiny_model import build
 
@@ -35,14 +32,3 @@ def test_bfloat16_differs_no_more_than_stock_does_from_itself() -> None:
     # off by twice stock's noise. A wrong token of context moves logprobs by 0.6 at the median.
     result = compare(expected, answers, tolerance=4 * first_drift(expected, again))
     assert result.tokens and not result.failures, result
-
-
-def first_drift(one: list[Generation], other: list[Generation]) -> float:
-    """Largest logprob difference before two texts part."""
-    drift = 0.0
-    for a, b in zip(one, other, strict=True):
-        tokens = zip_longest(a.output_ids, b.output_ids)
-        same = next((i for i, (x, y) in enumerate(tokens) if x != y), len(a.output_ids))
-        pairs = zip(a.logprobs[:same], b.logprobs[:same], strict=True)
-        drift = max([drift, *(abs(x - y) for x, y in pairs)])
-    return drift

@@ -15,16 +15,16 @@ from servers import (
     POLICIES,
     TEST_CONTROL,
     Stock,
+    assert_corruption_is_noticed,
+    assert_identical_to_stock,
     assert_nothing_is_left,
+    compare_with_stock,
     orbitflow_args,
-    run_with_aborts,
-    set_internal_state,
-    use_policy,
     workload,
 )
 
 from eval.client import Client
-from eval.identity import Comparison, compare
+from eval.identity import Comparison
 from eval.server import Server
 
 
@@ -113,43 +113,24 @@ def test_tokens_are_those_of_stock_sglang(
     identity_cells: dict[str, Comparison],
 ) -> None:
     server = current.use(setting)
-    wanted = workload(setting.style)
-    use_policy(server, policy)
-    outcome = run_with_aborts(server, wanted)
-    result = compare(
-        stock.answers(setting.style, wanted), outcome.generations, cut_short=outcome.aborted
-    )
+    result = assert_identical_to_stock(server, stock, setting.style, policy)
     identity_cells[f"{policy} {setting.name}"] = result
-    assert not result.failures, result
-    (state,) = server.orbitflow()
-    assert state is not None and state["h2d"]["bytes"] > 0, "nothing was ever on the host"
-    assert_nothing_is_left(server)
 
 
 def test_a_corrupted_page_is_noticed(current: Current, stock: Stock) -> None:
-    """The test of the test: one page changed on the host must show in the tokens."""
-    server = current.use(SETTINGS[-1])
-    use_policy(server, "all-host")
-    set_internal_state(server, "orbitflow_corrupt", 8)
-    wanted = workload("llama")
-    outcome = run_with_aborts(server, wanted)
-    result = compare(stock.answers("llama", wanted), outcome.generations, cut_short=outcome.aborted)
-    assert result.failures
-    set_internal_state(server, "orbitflow_corrupt", 0)
-    assert_nothing_is_left(server)
+    setting = SETTINGS[-1]
+    assert_corruption_is_noticed(current.use(setting), stock, setting.style)
 
 
 def test_where_everything_fits_there_are_no_tables_and_no_transfers(
     current: Current, stock: Stock, identity_cells: dict[str, Comparison]
 ) -> None:
     """The default policy on an arena that holds all."""
-    wanted = workload("llama")
-    expected = stock.answers("llama", wanted)
+    stock.answers("llama", workload("llama"))
     current.stop()
     args = orbitflow_args("llama", "--max-total-tokens", "16384")
     with Server(args) as server:
-        outcome = run_with_aborts(server, wanted)
-        result = compare(expected, outcome.generations, cut_short=outcome.aborted)
+        result = compare_with_stock(server, stock, "llama")
         identity_cells["orbitflow llama, everything fits"] = result
         assert not result.failures, result
         (state,) = server.orbitflow()

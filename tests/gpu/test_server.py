@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from eval.client import Generation
-from eval.identity import compare, mixed_requests
+from eval.identity import compare, first_drift, mixed_requests
+from eval.live.contestants import EAGER
 from eval.server import GPU_ENV, Server
 from eval.tiny_model import TinyModel, build
 
 MODEL = TinyModel("llama", layers=8, heads=8)
-COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", "--disable-overlap-schedule",
-          "--disable-cuda-graph")  # fmt: skip
+COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *EAGER)
 WANTED = mixed_requests(32, seed=0, longest=900, max_new_tokens=48, shared_fraction=0.5)
 POLICIES = ("resident", "static:1", "all-host", "random:1")
 START_S = 900  # FlashInfer compiles what it has not compiled before
@@ -34,13 +34,7 @@ def stock() -> Iterator[tuple[list[Generation], float]]:
         expected = one.generate_many(WANTED, 8)
         one.flush_cache()
         again = one.generate_many(WANTED, 1)
-    drift = 0.0
-    for a, b in zip(expected, again, strict=True):
-        for x, y, p, q in zip(a.output_ids, b.output_ids, a.logprobs, b.logprobs, strict=False):
-            if x != y:
-                break
-            drift = max(drift, abs(p - q))
-    yield expected, drift
+    yield expected, first_drift(expected, again)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

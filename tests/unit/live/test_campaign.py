@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +163,29 @@ def test_contestants_differ_in_nothing_but_policy() -> None:
     assert not any("--orbitflow" in arg for arg in stock) and "--max-total-tokens" in stock
     for name in ("stok", "stock@paced", "orbitflow:no-such-rule"):
         with pytest.raises(ValueError):
-            contestants.check(name)
+            contestants.check(name, setup)
     for name in contestants.DEFAULT:
-        contestants.check(name)
+        contestants.check(name, setup)
+
+
+def test_what_takes_no_emulated_compute_is_not_compared_with_what_does() -> None:
+    contestants.check(contestants.NATIVE, replace(Setup(), compute_ms=None))
+    with pytest.raises(ValueError, match="--real-compute"):
+        contestants.check(contestants.NATIVE, Setup())
 
 
 def test_on_a_gpu_there_are_other_stock_servers_and_a_real_link() -> None:
     setup = contestants.ON_GPU
     for name in ON_GPU:
-        contestants.check(name, "cuda")
+        contestants.check(name, setup)
     with pytest.raises(ValueError):
-        contestants.check("stock-torch-native", "cuda")
+        contestants.check(contestants.NATIVE, setup)
     with pytest.raises(ValueError):
-        contestants.check("hicache")
+        contestants.check("hicache", Setup())
     ours = flags("orbitflow", setup)
     assert "orbitflow_flashinfer" in ours and "--orbitflow-emulated-link-gb-per-s" not in ours
     eager = set(flags("stock-eager", setup)) - set(flags("stock", setup))
-    assert eager == {"--disable-cuda-graph", "--disable-overlap-schedule"}
+    assert eager == set(contestants.EAGER)
     assert "rho" not in CALIBRATION.numbers(setup, GPU_MIX)
     assert GPU_MIX.longest < setup.model.context
 

@@ -1,0 +1,85 @@
+"""What OrbitFlow's attention backends have in common: shapes, refusals and saving new KV."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVCache, KVWriteLoc
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from orbitflow_sglang.engine import compat
+
+
+class OrbitFlowBackend(AttentionBackend):
+    """One object per model runner; a step is prepared by ``init_forward_metadata``."""
+
+    name: ClassVar[str]  # as ``--attention-backend`` has it
+    token_to_kv_pool: KVCache
+
+    @abstractmethod
+    def decode(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """``q`` is ``[requests, heads, head_dim]``; so is the result."""
+
+    @abstractmethod
+    def extend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
+    ) -> torch.Tensor:
+        """All are ``[new tokens of all requests, heads, head_dim]``; so is the result."""
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``q`` is ``[requests, heads * head_dim]``; so is the result."""
+        compat.refuse_parts(kwargs)
+        if save_kv_cache and k is not None:
+            self._save(*_keys_values(k, v, layer), layer, forward_batch)
+        return self.decode(_queries(q, layer), layer).flatten(1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``q`` is ``[new tokens of all requests, heads * head_dim]``; so is the result."""
+        if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
+            raise NotImplementedError(f"{self.name} serves decoder self-attention only")
+        compat.refuse_parts(kwargs)
+        k, v = _keys_values(k, v, layer)
+        if save_kv_cache:
+            self._save(k, v, layer, forward_batch)
+        return self.extend(_queries(q, layer), k, v, layer).flatten(1)
+
+    def _save(
+        self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> None:
+        loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+        self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
+
+
+def _queries(q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    return q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+
+
+def _keys_values(
+    k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+        v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+    )
