@@ -1,8 +1,9 @@
 """``make serve``: an SGLang server with OrbitFlow on, and what to try on it.
 
-Serves the embedded tiny model, with an arena smaller than the prompt it suggests, or the
-model that ``MODEL`` or ``--model`` names, with SGLang's own memory defaults. What follows
-``--`` goes to the server as it is and wins over the arguments chosen here.
+Serves the embedded tiny model on the CPU, with an arena smaller than the prompt it suggests,
+or the model that ``MODEL`` or ``--model`` names, on an NVIDIA GPU where there is one, with
+SGLang's own memory defaults. What follows ``--`` goes to the server as it is and wins over the
+arguments chosen here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from eval.server import LOGS, Server, ServerFailed, stock_args
+from eval.server import GPU_ENV, GPU_START_S, LOGS, Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
 
 DEFAULT_PORT = 30000
@@ -47,16 +48,7 @@ def main(argv: Sequence[str]) -> int:
     # A shell starts background jobs with SIGINT ignored: Ctrl-C and kill -INT always stop us.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if _gpu_answers():
-        print("OrbitFlow does not support CUDA yet: serving on the CPU.")
-    model = options.model or build(TinyModel())
-    args = stock_args(model)
-    if not options.stock:
-        args += ["--enable-orbitflow", "--orbitflow-policy", options.policy]
-        if not options.model:
-            args += TINY_ARENA
-    log = LOGS / f"serve-{options.port}.log"
-    server = Server([*args, *server_args], port=options.port, log=log)
+    server = _server(options, server_args)
     print("python -m sglang.launch_server", shlex.join(server.args))
     try:
         server.start(waiting=_show_waiting)
@@ -73,6 +65,20 @@ def main(argv: Sequence[str]) -> int:
         return 1
     finally:
         server.stop()
+
+
+def _server(options: argparse.Namespace, server_args: Sequence[str]) -> Server:
+    ours = [] if options.stock else ["--enable-orbitflow", "--orbitflow-policy", options.policy]
+    where = {"port": options.port, "log": LOGS / f"serve-{options.port}.log"}
+    gpu = _gpu_answers()
+    if options.model and gpu:
+        args = ["--model-path", options.model, "--enable-metrics", *ours, *server_args]
+        return Server(args, base_env=GPU_ENV, start_timeout_s=GPU_START_S, **where)
+    if gpu:
+        print("The tiny model is served on the CPU; MODEL=/path serves a real one on the GPU.")
+    if not (options.model or options.stock):
+        ours += TINY_ARENA
+    return Server([*stock_args(options.model or build(TinyModel())), *ours, *server_args], **where)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -44,6 +44,7 @@ CPU_ENV: Mapping[str, str] = {
 GPU_ENV: Mapping[str, str] = {
     key: CPU_ENV[key] for key in ("HF_HUB_OFFLINE", "ORBITFLOW_CACHE_DIR")
 }
+GPU_START_S = 900.0  # FlashInfer compiles what it has not compiled before
 # A configuration that leaked in from the outside would turn a stock server into another.
 LEFT_OUT_OF_ENV = ("ORBITFLOW_CONFIG",)
 LAUNCH_SERVER = ("-m", "sglang.launch_server")  # what the interpreter is given to run

@@ -72,7 +72,9 @@ def build(model: TinyModel, weights: bool = True) -> Path:
         (partial / "config.json").write_text(json.dumps(_config(model), indent=1))
         if weights:
             _write_weights(partial, model)
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # readable for the user of an image too
+        for file in partial.iterdir():
+            file.chmod(0o644)
         os.rename(partial, target)
     except OSError:
         if not target.is_dir():  # not lost to a twin that built the same model

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.measure import threads_env
-from eval.server import GPU_ENV, Server, stock_args
+from eval.server import GPU_ENV, GPU_START_S, Server, stock_args
 from eval.tiny_model import TinyModel, build
 from orbitflow_sglang.control.policies import find_policy
 
@@ -51,7 +51,6 @@ DEFAULT = (
 KV_BYTES = {"cpu": 4, "cuda": 2}  # float32, bfloat16
 # Of the shape of an 8B model, with a smaller MLP; its weights are made up by the server.
 GPU_MODEL = TinyModel("llama", 32, 4096, heads=32, kv_heads=8, head_dim=128, context=131_072)
-GPU_START_S = 900.0  # FlashInfer compiles what it has not compiled before
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 
 import orjson
 import pytest
-from servers import CONCURRENCY, MODELS, Stock, orbitflow_args, run_python
+from servers import CONCURRENCY, MODELS, Stock, in_full_only, orbitflow_args, run_python
 
-from eval.client import Generation, Request
-from eval.server import Server, ServerFailed
+from eval.client import Client, Generation, Request
+from eval.server import ROOT, Server, ServerFailed, free_port
 from eval.tiny_model import build
 from orbitflow_sglang.config import CONFIG_ENV, OrbitFlowConfig
 
@@ -88,6 +90,22 @@ def test_sglang_serve_serves_the_tokens_of_stock_sglang(stock: Stock) -> None:
     assert state["policy"] == "static:1"
     assert after["d2h"]["bytes"] > 0
     assert ids(answers) == ids(stock.answers("llama", WANTED))
+
+
+@in_full_only
+def test_make_serve_serves_until_it_is_interrupted() -> None:
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = ["make", "serve", f"ARGS=--port {port}"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, text=True, process_group=0) as make:
+        assert make.stdout is not None
+        assert any(line.strip() == f"Ready at {url}" for line in make.stdout)
+        answer = Client(url).generate(WANTED[1].input_ids, 24)
+        (state,) = Client(url).orbitflow()
+        os.killpg(make.pid, signal.SIGINT)  # Ctrl-C
+        assert "Stopping." in make.stdout.read()
+    assert len(answer.output_ids) == 24
+    assert state is not None and state["policy"] == "orbitflow"
 
 
 def test_an_engine_built_behind_export_gives_the_tokens_of_stock_sglang(

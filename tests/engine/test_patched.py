@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +29,28 @@ BY_NAME = """engine = sglang.Engine(
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment in which ``import sglang`` finds a patched copy."""
+    """An environment in which ``import sglang`` finds a copy, patched by the command."""
     root = tmp_path_factory.mktemp("patched")
     installed = patches.installed() / "sglang"
     try:
         shutil.copytree(installed, root / "sglang", copy_function=os.link)
     except shutil.Error:  # another file system
         shutil.copytree(installed, root / "sglang", dirs_exist_ok=True)
-    patches.change(patches.load(), root, "patched")
-    yield {"PYTHONPATH": str(root)}
+    env = {"PYTHONPATH": str(root)}
+    original = _state(root)
+    for command in ("apply", "check"):
+        assert _patches(command, env).returncode == 0
+    yield env
+    assert _patches("revert", env).returncode == 0 and _state(root) == original
     shutil.rmtree(root)
+
+
+def _patches(command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "orbitflow_sglang.patches", command, env=env)
+
+
+def _state(root: Path) -> list[bytes]:
+    return [patch.path(root).read_bytes() for patch in patches.load()]
 
 
 @in_full_only

@@ -9,19 +9,18 @@ import pytest
 from eval.client import Generation
 from eval.identity import compare, first_drift, mixed_requests
 from eval.live.contestants import EAGER
-from eval.server import GPU_ENV, Server
+from eval.server import GPU_ENV, GPU_START_S, Server
 from eval.tiny_model import TinyModel, build
 
 MODEL = TinyModel("llama", layers=8, heads=8)
 COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *EAGER)
 WANTED = mixed_requests(32, seed=0, longest=900, max_new_tokens=48, shared_fraction=0.5)
 POLICIES = ("resident", "static:1", "all-host", "random:1")
-START_S = 900  # FlashInfer compiles what it has not compiled before
 
 
 def server(*extra: str) -> Server:
     args = ["--model-path", str(build(MODEL)), *COMMON, *extra]
-    return Server(args, base_env=GPU_ENV, start_timeout_s=START_S)
+    return Server(args, base_env=GPU_ENV, start_timeout_s=GPU_START_S)
 
 
 @pytest.fixture(scope="module")

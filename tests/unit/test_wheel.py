@@ -22,6 +22,19 @@ SHIPPED = {
     "kernels": "orbitflow_sglang/_kernels",
     "docs/grafana": "orbitflow_sglang/_grafana",
 }
+# Commands of the documents, and what runs them.
+RUN_BY = {
+    "make serve": "tests/engine/test_entry_points.py::test_make_serve",
+    "make test": ".ci/run::make test",
+    "python -m sglang.launch_server": "eval/server.py::sglang.launch_server",  # all of engine/
+    "python -m build --wheel": "tests/engine/test_wheel_installed.py::--wheel",
+    "pip install --no-deps": "tests/engine/test_wheel_installed.py::--no-deps",
+    "python -m orbitflow_sglang.patches apply": "tests/engine/test_patched.py::apply",
+    "python -m orbitflow_sglang.patches check": "tests/engine/test_patched.py::check",
+    "python -m orbitflow_sglang.patches revert": "tests/engine/test_patched.py::revert",
+    "docker build": "docker/test_image.sh::buildah bud",
+    "docker run": "docker/test_image.sh::buildah run",
+}
 SOURCES = ("*.patch", "*.json", "*.cu", "*.py")
 
 
@@ -70,6 +83,24 @@ def test_development_tools_are_pinned_alike_in_both_places() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pinned = (ROOT / "requirements/dev.txt").read_text(encoding="utf-8").splitlines()
     assert set(project["optional-dependencies"]["dev"]) <= set(pinned)
+
+
+def test_every_command_of_readme_and_installation_is_run() -> None:
+    found = {command for name in ("README.md", "docs/install.md") for command in commands(name)}
+    unknown = {one for one in found if not any(one.startswith(known) for known in RUN_BY)}
+    gone = {known for known in RUN_BY if not any(one.startswith(known) for one in found)}
+    assert not unknown and not gone
+    for place in RUN_BY.values():
+        file, _, name = place.partition("::")
+        assert name in (ROOT / file).read_text(encoding="utf-8"), place
+
+
+def commands(document: str) -> list[str]:
+    """Of the blocks of code, but for drawings and Python."""
+    text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("make ", "pip ", "python ", "docker "))]
 
 
 def test_make_targets_of_the_documents_exist() -> None:
