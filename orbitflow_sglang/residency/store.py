@@ -1,10 +1,9 @@
 """The one owner of every page's state: allocation, placement, movement, release.
 
-The engine above speaks of *logical* pages, one id for all layers. The store
-decides nothing: a policy says which pages should live on the host in which layers
-(``place``), and the store brings that about without ever losing a page's only
-copy. Between two steps every page in use is in the arena, in the host store, or
-in both, in every layer.
+The engine above speaks of *logical* pages, one id for all layers. The store decides nothing: a
+policy says which pages should live on the host in which layers (``place``), and the store brings
+that about without ever losing a page's only copy. Between two steps every page in use is in the
+arena, in the host store, or in both, in every layer.
 """
 
 from __future__ import annotations
