@@ -15,7 +15,7 @@ STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help setup serve tiny-model demo test lint test-full gpu-check bench-overhead bench-stream \
+.PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test bench-overhead bench-stream \
   bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean
 .DEFAULT_GOAL := help
 
@@ -68,9 +68,12 @@ test-full: setup ## every test in full; writes eval/results/identity/
 	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
 	  $(PY) -m pytest --timeout 3600 $(ARGS)
 
-gpu-check: setup ## what needs an NVIDIA GPU: every test marked gpu
+gpu-check: gpu-test ## gpu-test, then eval-gpu, which goes on where it was
+	@$(MAKE) eval-gpu ARGS="--resume"
+
+gpu-test: setup ## every test marked gpu, on an NVIDIA GPU
 	@nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || \
-	  { echo "make gpu-check needs an NVIDIA GPU" >&2; exit 1; }
+	  { echo "make gpu-test needs an NVIDIA GPU" >&2; exit 1; }
 	$(OFFLINE) $(PY) -m pytest -m gpu --timeout 1800 --durations 10 $(ARGS)
 
 bench-overhead: setup ## decode throughput, all resident, against stock SGLang
@@ -94,7 +97,7 @@ eval-full: setup ## every run of the simulated evaluation (hours; goes on where 
 eval-live: setup ## serving policies on real servers in real time (hours; --quick, --resume)
 	@$(OFFLINE) $(PY) -m eval.live.compare $(ARGS)
 
-eval-gpu: setup ## the same on an NVIDIA GPU, with a model of 8B shape and a capped KV budget
+eval-gpu: setup ## the same on an NVIDIA GPU, 8B shape, capped KV budget (hours; --quick, --resume)
 	@$(OFFLINE) $(PY) -m eval.live.compare --gpu $(ARGS)
 
 image-test: setup ## build the CPU image without a container engine and ask it for tokens (root)

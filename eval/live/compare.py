@@ -58,7 +58,6 @@ from eval.server import ServerFailed
 from eval.workload.requests import TraceRequest, at_rate, with_slo
 
 RESULTS = ROOT / "eval" / "results" / "cpu-live"
-GPU_RESULTS = ROOT / "eval" / "results" / "gpu-live"
 ON_GPU = ("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow", "orbitflow@paced")
 # Long enough that decoding, not prefill, fills the time of a GPU too.
 GPU_MIX = Mix((320, 1280), (2560, 7680), (160, 480), (800, 1920))
@@ -277,7 +276,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--gpu", action="store_true", help="make eval-gpu: on an NVIDIA GPU, model of 8B shape")
     add("--server-args", default="", metavar="'ARGS'", help="for every server, last")
     add("--seed", type=int, default=0, help="of traces, prompts and orders (%(default)s)")
-    add("--out", type=Path, help="folder (eval/results/cpu-live)")
+    add("--out", type=Path, help="folder (eval/results/cpu-live; on a GPU eval/results/NAME-live)")
     add("--resume", action="store_true", help="skip the runs that the folder has")
     add(
         "--redo-disturbed",
@@ -298,11 +297,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (1 if quick else 3)
     options.requests = options.requests or (16 if quick else 200)
     options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
-    results = GPU_RESULTS if options.gpu else RESULTS
+    results = _gpu_results() if options.gpu else RESULTS
     options.out = options.out or (QUICK_RESULTS / "live" if quick else results)
     if quick and not options.resume:
         shutil.rmtree(QUICK_RESULTS / "live", ignore_errors=True)
     return options
+
+
+def _gpu_results() -> Path:
+    """Each kind of GPU has results of its own."""
+    name = "-".join(torch.cuda.get_device_name().lower().split())
+    return RESULTS.parent / f"{name}-live"
 
 
 def _seconds(milliseconds: float | None) -> float | None:
