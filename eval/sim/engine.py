@@ -326,12 +326,12 @@ class Simulation:
         self.controller.stepped(False)
         self.steps["decode"] += 1
         limit = decision.move_pages if self.placing is None else self.memory.arena_pages
-        room = self._room()
-        for job in decoding:
-            if job.goal is not None or job.host is not None:
-                before = job.resident
-                self.memory.settle(job, limit, room)
-                limit -= max(0, before - job.resident)
+        placed = [job for job in decoding if job.goal is not None or job.host is not None]
+        room = self._room() if placed else 0
+        for job in placed:
+            before = job.resident
+            self.memory.settle(job, limit, room)
+            limit -= max(0, before - job.resident)
         stall = self._make_room()
         context = sum(job.view.tokens for job in decoding)
         predicted = max(
@@ -448,6 +448,8 @@ class Simulation:
 
     def _fetch(self, seconds: float) -> int:
         """Pages of those coming back, as many as the decision allows and the arena has room."""
+        if not self._fetching:
+            return 0
         left = min(self._fetch_pages, max(0, self._room()))
         if math.isfinite(seconds):
             left = min(left, int(seconds / self.hardware.h2d_page_s) + 1)

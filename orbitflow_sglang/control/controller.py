@@ -67,6 +67,7 @@ class Controller:
         self._prompts = Prompts(spec, machine, costs)
         self._replan = False
         self._plan_steps = 0
+        self._mirrored, self._mirror_steps = "", 0  # who is, and since when
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
         self._average_prompt, self._average_output = 0.0, 0.0
 
@@ -94,6 +95,8 @@ class Controller:
 
     def decide(self, obs: Observation) -> StepDecision:
         """What the engine does before and in its next step."""
+        if self.spec.overflow == "retract" and not self.spec.rules:
+            return NOTHING  # SGLang decides everything
         scene = Scene.of(obs)
         crowded = bool(scene.waiting or scene.prefilling or scene.paused)
         if (
@@ -106,10 +109,13 @@ class Controller:
         pause = self._overflow(scene)
         pause += self._grant(scene, pause)
         resume, fetch = self._returns(scene)
-        chunk_tokens, prefill = self._prompts.chunk(scene, self._granted)
+        order, admit = self._admission(scene)
+        if admit is not None and not (admit or scene.prefilling):
+            chunk_tokens, prefill = None, not scene.decoding  # nobody may start
+        else:
+            chunk_tokens, prefill = self._prompts.chunk(scene, self._granted)
         placement, paper_pauses = self._place(scene, obs, pause)
         mirror = self._mirror(scene, pause)
-        order, admit = self._admission(scene)
         self.reasons.extend(scene.reasons)
         return StepDecision(
             pause=(*pause, *paper_pauses),
@@ -233,8 +239,11 @@ class Controller:
     def _wanting(self, scene: Scene) -> list[Candidacy]:
         wanting = []
         late = self._prompts.late_in_line(scene)
+        looked_at = self.spec.has("ordering") or self.spec.has("pause")
         for view in scene.waiting:
-            slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
+            slack = 0.0
+            if looked_at:
+                slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
             pages = self._pages([view])
             wanting.append(
                 Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, False)
@@ -367,9 +376,16 @@ class Controller:
         kept_out = any(view.rid not in self._granted for view in scene.waiting)
         if self.spec.overflow != "pause" or not (kept_out or scene.paused):
             return ()
-        able = [self._candidate(view, scene) for view in self._pausable(scene, gone)]
-        next_out = rules.overflowing(able, self.spec.victim)
-        return () if next_out is None or len(able) < 2 else (next_out.rid,)
+        able = self._pausable(scene, gone)
+        if len(able) < 2:
+            return ()
+        self._mirror_steps += 1
+        if self._mirror_steps < rules.GROWTH_STEPS and any(v.rid == self._mirrored for v in able):
+            return (self._mirrored,)
+        next_out = rules.overflowing([self._candidate(v, scene) for v in able], self.spec.victim)
+        assert next_out is not None
+        self._mirrored, self._mirror_steps = next_out.rid, 0
+        return (self._mirrored,)
 
     # --- prefill --------------------------------------------------------------
 

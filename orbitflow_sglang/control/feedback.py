@@ -163,8 +163,11 @@ class Feedback:
 
     def _prefill_token_s(self, bucket: int) -> float | None:
         if self._prefill:
-            nearest = min(self._prefill, key=lambda known: (abs(known - bucket), -known))
-            return self._prefill[nearest].value
+            known = self._prefill.get(bucket)
+            if known is None:
+                nearest = min(self._prefill, key=lambda other: (abs(other - bucket), -other))
+                known = self._prefill[nearest]
+            return known.value
         rate = self.profile.prefill_tokens_per_s
         return 1 / rate if rate else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 HIDDEN_SHARE = 0.9  # of h: beyond 1.2 h everybody slows down
 LEAST_RHO = 0.03  # below, streaming admits nobody worth its trouble
@@ -51,8 +51,7 @@ def stands_aside(rho: float, mu: float) -> tuple[bool, bool]:
 # --- pausing --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A decoding request that could be paused."""
 
     rid: str
@@ -104,8 +103,7 @@ def overflowing(candidates: Sequence[Candidate], victim: str) -> Candidate | Non
 # --- ordering -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candidacy:
+class Candidacy(NamedTuple):
     """A request that wants to decode: waiting for its prefill, or paused."""
 
     rid: str
@@ -142,8 +140,7 @@ def by_arrival(wanting: Sequence[Candidacy]) -> list[Candidacy]:
     return sorted(wanting, key=lambda c: (not c.paused, c.arrival_s))
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One that waits for its prefill. Times in seconds."""
 
     rid: str
@@ -188,8 +185,7 @@ def fits(used: float, wanted: int, room: float) -> bool:
 # --- chunks ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The next prefill step: at most ``tokens``, after ``every`` decode steps."""
 
     tokens: int

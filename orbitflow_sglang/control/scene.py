@@ -46,11 +46,11 @@ class Scene:
 
 def lost(view: RequestView, scene: Scene) -> bool:
     """Whether the TPOT target is missed even if every token to come is computed at once."""
-    pace = view.slo.pace_s
-    if pace is None or view.first_token_s is None:
+    deposit = view.deposit_s(scene.now)
+    if deposit >= 0:
         return False
     left = max(0, view.max_new_tokens - view.generated)
-    return view.deposit_s(scene.now) + left * max(0.0, pace - scene.step_s) < 0
+    return deposit + left * max(0.0, (view.slo.pace_s or 0.0) - scene.step_s) < 0
 
 
 def pages_ahead(views: Iterable[RequestView], machine: Machine) -> int:

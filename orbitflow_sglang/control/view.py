@@ -51,10 +51,9 @@ class RequestView:
 
     def deposit_s(self, now: float) -> float:
         """How long the client can be served from what was generated; negative: behind."""
-        pace = self.slo.pace_s
-        if pace is None or self.first_token_s is None:
-            return 0.0
-        return self.slo.deposit_tokens(self.generated, now - self.first_token_s) * pace
+        times = self.times
+        first = times.first_s
+        return 0.0 if first is None else self.slo.deposit_s(times.tokens, now - first)
 
 
 @dataclass(frozen=True)

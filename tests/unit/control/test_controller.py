@@ -220,7 +220,7 @@ def test_a_long_prompt_takes_turns_with_a_strict_stream() -> None:
 
 def test_chunks_leave_room_for_steps_as_they_go_and_streaming_is_what_compute_hides() -> None:
     def chunk_and_budget(slowdown: float) -> tuple[int, int]:
-        jobs = [Job(32, 40, slo=SLO(tpot_s=0.03, tbt_s=0.05)), Job(2000, 4, arrival_s=0.1)]
+        jobs = [Job(32, 40, slo=SLO(tpot_s=0.03, tbt_s=0.05)), Job(900, 4, arrival_s=0.1)]
         costs = ConstantCosts(prefill_token_s=1e-4, slowdown=slowdown)
         engine = FakeEngine("orbitflow", jobs, costs=costs)
         assert_all_served(engine, 2)

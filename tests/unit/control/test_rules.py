@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,9 +19,9 @@ STEP = 0.02
 LOOSE = Candidate("c", math.inf, 0.0, False, False, 0.0, 0.0, 100)
 
 
-def candidate(rid: str, **values: object) -> Candidate:
+def candidate(rid: str, **values: Any) -> Candidate:
     base = Candidate(rid, 0.04, 2.0, False, True, 0.1, 0.0, 100)
-    return replace(base, **values)  # type: ignore[arg-type]
+    return base._replace(**values)
 
 
 # --- streaming ------------------------------------------------------------------
@@ -80,18 +80,18 @@ def test_on_overflow_each_policy_has_its_victim() -> None:
     assert rules.overflowing([old, new], "newest") == new
     assert rules.overflowing([old, new], "longest") == old
     assert rules.overflowing([old, new], "ahead") == old
-    without_slo = replace(LOOSE, arrival_s=0.0)
+    without_slo = LOOSE._replace(arrival_s=0.0)
     assert rules.overflowing([old, without_slo], "ahead") == without_slo
-    assert rules.overflowing([old, replace(new, late=True)], "ahead") == replace(new, late=True)
+    assert rules.overflowing([old, new._replace(late=True)], "ahead") == new._replace(late=True)
     assert rules.overflowing([], "ahead") is None
 
 
 # --- ordering -------------------------------------------------------------------
 
 
-def wanting(rid: str, **values: object) -> Candidacy:
+def wanting(rid: str, **values: Any) -> Candidacy:
     base = Candidacy(rid, 10.0, 10.0, 1.0, 8, False, False)
-    return replace(base, **values)  # type: ignore[arg-type]
+    return base._replace(**values)
 
 
 def ids(ordered: list[Candidacy]) -> list[str]:
