@@ -1,6 +1,7 @@
 #!/bin/sh
-# Builds the CPU image for real, starts the server in it, and asks it for tokens. For a Debian
-# machine with root and no container engine: `buildah` with `--isolation chroot` needs none.
+# Builds the CPU image for real, starts the server in it, and asks it for tokens; then runs the
+# steps of the CUDA image, on an image that has SGLang for CPUs. For a Debian machine with root
+# and no container engine: `buildah` with `--isolation chroot` needs none.
 set -eu
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -8,6 +9,7 @@ trap 'rm -rf "$work"' EXIT
 export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
 image=localhost/orbitflow-cpu
 base=localhost/orbitflow-base
+with_sglang=localhost/orbitflow-with-sglang
 
 if ! command -v buildah >/dev/null || ! command -v debootstrap >/dev/null; then
   apt-get update -q && apt-get install -q -y --no-install-recommends buildah debootstrap
@@ -29,8 +31,11 @@ fetch() { .venv/bin/python -m pip download --quiet --dest "$work/wheels" --pytho
 fetch torch==2.13.0
 fetch --no-deps -r requirements/cpu.txt
 printf '[global]\nno-index = true\nfind-links = /wheels\n' > "$work/pip.conf"
-buildah bud --build-arg BASE="$base" --volume "$work/pip.conf:/etc/pip.conf:ro" \
-  --volume "$work/wheels:/wheels:ro" -f docker/Dockerfile.cpu -t "$image" .
+build() { # BASE DOCKERFILE IMAGE
+  buildah bud --build-arg BASE="$1" --volume "$work/pip.conf:/etc/pip.conf:ro" \
+    --volume "$work/wheels:/wheels:ro" -f "$2" -t "$3" .
+}
+build "$base" docker/Dockerfile.cpu "$image"
 
 model=$(make -s tiny-model | tail -1)
 container=$(buildah from "$image")
@@ -66,4 +71,14 @@ print("16 tokens from the image, as user", getpass.getuser())
 PYTHON
   kill $server
 '
+
+echo "Running the steps of the CUDA image"
+buildah run --user root "$container" -- sh -c 'python3 -m orbitflow_sglang.patches revert &&
+  python3 -m pip uninstall --quiet --yes orbitflow-sglang && userdel --remove orbitflow'
+buildah config --user root "$container"
+buildah commit --quiet "$container" "$with_sglang"
+build "$with_sglang" docker/Dockerfile localhost/orbitflow-cuda-steps
+steps=$(buildah from localhost/orbitflow-cuda-steps)
+trap 'buildah rm "$container" "$steps" >/dev/null; rm -rf "$work"' EXIT
+buildah run "$steps" -- python3 -m orbitflow_sglang.patches check
 echo "make image-test: passed"

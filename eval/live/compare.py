@@ -140,6 +140,9 @@ def measure(
         others_cores = others.cores()
         state, problem = _after(server)
     orbitflow = {key: value for key, value in (state or {}).items() if key != "requests"}
+    if profile := orbitflow.get("profile"):
+        # Not where it lies on this machine.
+        orbitflow["profile"] = profile | {"model": Path(profile["model"]).name}
     return answers, {
         "problem": problem,
         "failed_idle_checks": orbitflow.get("failed_idle_checks"),
