@@ -75,7 +75,7 @@ PYTHON
 echo "Running the steps of the CUDA image"
 buildah run --user root "$container" -- sh -c 'python3 -m orbitflow_sglang.patches revert &&
   python3 -m pip uninstall --quiet --yes orbitflow-sglang && userdel --remove orbitflow'
-buildah config --user root "$container"
+buildah config --user root --env SGLANG_PLATFORM- "$container"
 buildah commit --quiet "$container" "$with_sglang"
 build "$with_sglang" docker/Dockerfile localhost/orbitflow-cuda-steps
 steps=$(buildah from localhost/orbitflow-cuda-steps)
