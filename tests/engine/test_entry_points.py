@@ -78,6 +78,7 @@ def engine_result(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return result
 
 
+@in_full_only
 def test_sglang_serve_serves_the_tokens_of_stock_sglang(stock: Stock) -> None:
     # `sglang` is a console script; SGLang has no module to run in its place.
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]

@@ -18,6 +18,7 @@ from servers import (
     assert_corruption_is_noticed,
     assert_identical_to_stock,
     assert_nothing_is_left,
+    in_full_only,
     orbitflow_args,
     workload,
 )
@@ -57,6 +58,7 @@ def test_a_corrupted_page_is_noticed(server: Server, stock: Stock) -> None:
     assert_corruption_is_noticed(server, stock, "llama")
 
 
+@in_full_only
 def test_the_controller_measures_and_serves_more_than_fits(
     stock: Stock, identity_cells: dict[str, Comparison], tmp_path: Path
 ) -> None:

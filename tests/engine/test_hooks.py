@@ -307,6 +307,7 @@ def sabotaged(folder: Path, target: str, *flags: str, role: str = "run_scheduler
     return message
 
 
+@in_full_only
 def test_a_scheduler_that_does_not_confirm_its_hooks_ends_the_server(tmp_path: Path) -> None:
     message = sabotaged(tmp_path, "sglang.srt.managers.scheduler.Scheduler.get_init_info")
     assert (
