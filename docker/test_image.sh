@@ -41,12 +41,13 @@ model=$(make -s tiny-model | tail -1)
 container=$(buildah from "$image")
 trap 'buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
 echo "Starting the server in the image"
-buildah run --network host --volume "$model:/model:ro" "$container" -- sh -c '
+buildah run --network host --volume "$model:/model:ro" "$container" -- sh -euc '
   log=$(mktemp)
   python3 -m sglang.launch_server --enable-orbitflow --host 127.0.0.1 --port 30123 \
     --dtype float32 --model-path /model --orbitflow-arena-tokens 2048 \
     --orbitflow-host-memory-gb 0.2 --skip-server-warmup >"$log" 2>&1 &
   server=$!
+  trap "kill $server" EXIT
   for second in $(seq 300); do
     PORT=30123 python3 /usr/local/bin/orbitflow-health >/dev/null 2>&1 && break
     kill -0 $server 2>/dev/null || { cat "$log"; exit 1; }
@@ -69,12 +70,12 @@ assert state["policy"] == "orbitflow" and not state["failed_idle_checks"], state
 assert getpass.getuser() == "orbitflow", getpass.getuser()
 print("16 tokens from the image, as user", getpass.getuser())
 PYTHON
-  kill $server
 '
 
 echo "Running the steps of the CUDA image"
-buildah run --user root "$container" -- sh -c 'python3 -m orbitflow_sglang.patches revert &&
-  python3 -m pip uninstall --quiet --yes orbitflow-sglang && userdel --remove orbitflow'
+buildah run --user root "$container" -- sh -euc 'python3 -m orbitflow_sglang.patches revert
+  python3 -m pip uninstall --quiet --yes orbitflow-sglang
+  userdel --remove orbitflow'
 buildah config --user root --env SGLANG_PLATFORM- "$container"
 buildah commit --quiet "$container" "$with_sglang"
 build "$with_sglang" docker/Dockerfile localhost/orbitflow-cuda-steps

@@ -52,13 +52,6 @@ class SLO:
             return 0.0
         return generated - self.due_tokens(since_first_s)
 
-    def deposit_s(self, generated: int, since_first_s: float) -> float:
-        """The same as time: how long a client can be served from it."""
-        pace = self.pace_s
-        if pace is None or not generated:
-            return 0.0
-        return (generated - 1) * pace - max(0.0, since_first_s)
-
     def release_s(self, token: int) -> float:
         """When paced token ``token`` (from 1) may leave, in seconds after token 1."""
         pace = self.pace_s

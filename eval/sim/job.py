@@ -51,7 +51,7 @@ class Job:
     @property
     def resident(self) -> int:
         """Full pages of all layers on the device."""
-        return self.view.tokens // self.page_size * self.layers - self.on_host
+        return self.closed_pages - self.on_host
 
     def put(self, host: IntArray | None) -> None:
         """Where its pages are from now on."""

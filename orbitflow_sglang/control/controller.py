@@ -111,7 +111,7 @@ class Controller:
         resume, fetch = self._returns(scene)
         order, admit = self._admission(scene)
         if admit is not None and not (admit or scene.prefilling):
-            chunk_tokens, prefill = None, not scene.decoding  # nobody may start
+            chunk_tokens, prefill = None, False  # nobody may start
         else:
             chunk_tokens, prefill = self._prompts.chunk(scene, self._granted)
         placement, paper_pauses = self._place(scene, obs, pause)

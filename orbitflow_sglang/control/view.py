@@ -51,9 +51,10 @@ class RequestView:
 
     def deposit_s(self, now: float) -> float:
         """How long the client can be served from what was generated; negative: behind."""
-        times = self.times
-        first = times.first_s
-        return 0.0 if first is None else self.slo.deposit_s(times.tokens, now - first)
+        pace, first = self.slo.pace_s, self.times.first_s
+        if pace is None or first is None:
+            return 0.0
+        return self.slo.deposit_tokens(self.times.tokens, now - first) * pace
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
+import requests
 from servers import CONCURRENCY, MODELS, Stock, in_full_only, orbitflow_args, run_python
 
 from eval.client import Client, Generation, Request
@@ -100,11 +101,15 @@ def test_make_serve_serves_until_it_is_interrupted() -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, text=True, process_group=0) as make:
         assert make.stdout is not None
-        assert any(line.strip() == f"Ready at {url}" for line in make.stdout)
-        answer = Client(url).generate(WANTED[1].input_ids, 24)
-        (state,) = Client(url).orbitflow()
-        os.killpg(make.pid, signal.SIGINT)  # Ctrl-C
+        try:
+            assert any(line.strip() == f"Ready at {url}" for line in make.stdout)
+            answer = Client(url).generate(WANTED[1].input_ids, 24)
+            (state,) = Client(url).orbitflow()
+        finally:
+            os.killpg(make.pid, signal.SIGINT)  # Ctrl-C
         assert "Stopping." in make.stdout.read()
+    with pytest.raises(requests.ConnectionError):
+        Client(url).orbitflow()
     assert len(answer.output_ids) == 24
     assert state is not None and state["policy"] == "orbitflow"
 

@@ -37,6 +37,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     except shutil.Error:  # another file system
         shutil.copytree(installed, root / "sglang", dirs_exist_ok=True)
     env = {"PYTHONPATH": str(root)}
+    patches.change(patches.load(), root, "original")  # the installed one may be patched
     original = _state(root)
     for command in ("apply", "check"):
         assert _patches(command, env).returncode == 0

@@ -97,13 +97,10 @@ def test_the_deposit_falls_with_time_and_grows_with_tokens(
     assert slo.deposit_tokens(generated, since_s + more_s) <= deposit
     if slo.pace_s is not None:
         assert slo.deposit_tokens(generated + 1, since_s) == pytest.approx(deposit + 1)
-    in_s = slo.deposit_s(generated, since_s)
-    assert in_s == pytest.approx(deposit * (slo.pace_s or 0.0), abs=1e-6)
 
 
 def test_there_is_no_deposit_without_a_pace_or_before_the_first_token() -> None:
-    assert SLO(ttft_s=1.0).deposit_tokens(10, 1.0) == SLO(ttft_s=1.0).deposit_s(10, 1.0) == 0
-    assert SLO(tpot_s=1.0).deposit_s(0, 2.0) == 0
+    assert SLO(ttft_s=1.0).deposit_tokens(10, 1.0) == 0
     assert SLO(tpot_s=1.0).deposit_tokens(0, 0.0) == 0
     assert SLO(tpot_s=1.0).deposit_tokens(1, 0.0) == 0
     assert SLO(tpot_s=1.0).deposit_tokens(1, 2.5) == -2.5

@@ -11,8 +11,16 @@ from fake_engine import MACHINE, ConstantCosts, FakeEngine, Job
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orbitflow_sglang.control.policies import RULES
-from orbitflow_sglang.control.view import NOTHING, Machine
+from orbitflow_sglang.control.controller import Controller
+from orbitflow_sglang.control.policies import RULES, find_policy
+from orbitflow_sglang.control.scene import Scene, lost
+from orbitflow_sglang.control.view import (
+    NOTHING,
+    Machine,
+    Observation,
+    RequestView,
+    StepDecision,
+)
 from orbitflow_sglang.planner.problem import PlanningProblem
 from orbitflow_sglang.planner.solver import greedy
 from orbitflow_sglang.planner.worker import Answer
@@ -203,6 +211,56 @@ def test_late_answers_and_plans_for_strangers_do_no_harm(strangers: bool) -> Non
     engine = FakeEngine("orbitflow", load(24, seed=6), worker=worker, costs=replace(FAST_LINK))
     assert_all_served(engine, 24)
     assert worker.asked > 0
+
+
+# --- the line ---------------------------------------------------------------------
+
+
+def decision_with_two_waiting(policy: str) -> StepDecision:
+    """One decodes in half of the arena; one waits without haste, one that came later with."""
+    busy = RequestView("busy", 0.0, SLO(), 512, 64, phase="decode", tokens=512)
+    busy.times.add(0.1, 1)
+    calm = RequestView("calm", 0.2, SLO(ttft_s=9.0), 64, 64)
+    urgent = RequestView("urgent", 0.3, SLO(ttft_s=1.0), 64, 64)
+    controller = Controller(find_policy(policy), MACHINE, ConstantCosts(), None)
+    return controller.decide(Observation(0.4, [busy, calm, urgent], list))
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("paper", "swap", "queue")])
+def test_who_has_least_slack_is_first_in_line(policy: str) -> None:
+    by_slack = policy != "orbitflow:no-ordering"
+    wanted = ("urgent", "calm") if by_slack else ("calm", "urgent")
+    assert decision_with_two_waiting(policy).order == wanted
+
+
+@pytest.mark.parametrize("policy", ["swap", "queue"])
+def test_without_ordering_who_came_first_is(policy: str) -> None:
+    assert decision_with_two_waiting(policy).order == ("calm", "urgent")
+
+
+def test_retract_leaves_everything_to_sglang() -> None:
+    assert decision_with_two_waiting("retract") is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("slo", "now", "left", "is_lost"),
+    [
+        # Of 11 tokens, 0.1 s apart, the last is due 1 s behind the first; a step takes 0.06 s.
+        (SLO(tpot_s=0.1), 1.9, 23, False),  # 0.9 s behind, of which each token gains 0.04 s
+        (SLO(tpot_s=0.1), 1.9, 22, True),
+        (SLO(tpot_s=0.05), 0.7, 1000, True),  # slower than a step: nothing is made up for
+        (SLO(tpot_s=0.1), 0.9, 0, False),  # ahead
+        (SLO(ttft_s=0.1), 99.0, 5, False),  # no pace to lose
+    ],
+)
+def test_a_request_is_lost_when_all_its_tokens_to_come_cannot_make_up(
+    slo: SLO, now: float, left: int, is_lost: bool
+) -> None:
+    view = RequestView("a", -1.0, slo, 64, 11 + left, phase="decode", tokens=75)
+    view.times.add(0.0, 1)
+    view.times.add(min(now, 1.0), 10)
+    scene = Scene(now, step_s=0.06)
+    assert lost(view, scene) is is_lost
 
 
 # --- chunks -----------------------------------------------------------------------
