@@ -152,6 +152,8 @@ class Memory:
             return 0
         now = np.zeros(self.layers, np.int64) if job.host is None else job.host
         goal = np.zeros(self.layers, np.int64) if goal is None else np.minimum(goal, job.closed)
+        if np.array_equal(now, goal):
+            return 0
         back = _first(np.maximum(0, now - goal), room)
         if back.any():
             job.put(now - back)

@@ -8,6 +8,8 @@ A pattern is one term, or several joined by ``+``, each a set of layers and opti
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,9 +19,15 @@ FloatArray = NDArray[np.float64]
 
 
 def distance_mask(distance: int, layers: int) -> BoolArray:
-    """The layers that distance d >= 1 offloads, ``[layers]``."""
+    """The layers that distance d >= 1 offloads, ``[layers]``, read-only."""
     # From d = L on nothing is offloaded, and a larger d need not fit an integer.
-    mask: BoolArray = np.arange(1, layers + 1) % (min(distance, layers) + 1) == 0
+    return _distance_mask(min(distance, layers), layers)
+
+
+@cache
+def _distance_mask(distance: int, layers: int) -> BoolArray:
+    mask: BoolArray = np.arange(1, layers + 1) % (distance + 1) == 0
+    mask.flags.writeable = False
     return mask
 
 
