@@ -15,12 +15,13 @@ fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
 Chosen so that memory is the bottleneck, on two cores of an AMD EPYC:
 - One thread of PyTorch: with two a step took 24 instead of 15 ms. SGLang's other
   processes, copies and the client have the other core.
-- Layers take the time of an emulated device, a third more than these cores need, so that a
-  machine whose speed varies does not decide: see docs/evaluation.md. --real-compute: not.
+- Layers take the time of an emulated device, so that a machine whose speed varies does not
+  decide, and the model is so small that what these cores really do for a layer, Python and
+  copies included, fits in: see docs/evaluation.md. --real-compute: not.
 - Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
   mean size fit (676 tokens), two of the largest. t = 24 ms; prefill takes 0.33 ms a token.
   So what fills the arena was prefilled in 1.4 s and decodes for 4 s: mu = 3.2.
-- Link 0.28e9 bytes/s: h = 7 MB a step, rho = 0.2 of the arena.
+- Link 0.07e9 bytes/s: h = 1.7 MB a step, rho = 0.2 of the arena.
 - Prefill chunks of 512 tokens: one stops decoding for the time of 7 steps.
 - 200 requests: 260 s to drain, 290 s at load 0.9, and 20 to 30 s for the server. `static:d` is
   bound by the link and takes twice as long.

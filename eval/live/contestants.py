@@ -16,7 +16,7 @@ link, and layers take at least the time of an emulated device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ DEFAULT = (
 )
 KV_BYTES = {"cpu": 4, "cuda": 2}  # float32, bfloat16
 # Of the shape of an 8B model, with a smaller MLP; its weights are made up by the server.
+CPU_MODEL = TinyModel(layers=8, hidden_size=128, heads=2, kv_heads=1, head_dim=32)
 GPU_MODEL = TinyModel("llama", 32, 4096, heads=32, kv_heads=8, head_dim=128, context=131_072)
 
 
@@ -59,20 +60,20 @@ class Setup:
 
     device: str = "cpu"
     arena_tokens: int = 4096
-    link_gb_per_s: float | None = 0.28  # emulated, 10^9 bytes/s each direction; None: a real one
+    link_gb_per_s: float | None = 0.07  # emulated, 10^9 bytes/s each direction; None: a real one
     # Emulated too, milliseconds of a layer: see ``engine.emulated_compute``. None: as it comes.
     compute_ms: tuple[float, float, float, float] | None = (1.6, 0.06, 0.2, 36.0)
-    host_memory_gb: float = 0.25
+    host_memory_gb: float = 0.0625
     page_size: int = 16
     prefill_chunk: int = 512
     max_running: int = 32
-    layers: int = 8
+    layers: int = CPU_MODEL.layers
     threads: int | None = 1
     server_args: tuple[str, ...] = ()  # given last, to every contestant
 
     @property
     def model(self) -> TinyModel:
-        return TinyModel(layers=self.layers) if self.device == "cpu" else GPU_MODEL
+        return replace(CPU_MODEL if self.device == "cpu" else GPU_MODEL, layers=self.layers)
 
     @property
     def arena_bytes(self) -> int:

@@ -57,7 +57,10 @@ class Arrivals:
         Pages that lack all of them come back to extents, while there are any.
         """
         table = self._table
-        whole = pages[self._away(pages).all(axis=0)][: limit // table.layers]
+        away = self._away(pages)
+        if not away.any():
+            return 0
+        whole = pages[away.all(axis=0)][: limit // table.layers]
         starts = self._grant_extents(len(whole))
         whole = whole[: len(starts)]
         table.set_extents(whole, starts)

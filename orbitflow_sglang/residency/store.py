@@ -359,12 +359,10 @@ class ResidencyStore:
 
     def _settle(self, pages: np.ndarray) -> None:
         """Start what brings closed ``pages`` from the arena to where they were placed."""
-        table = self.table
-        wanted = table.want_host[:, pages]
-        state = table.state[:, pages]
-        layers, columns = np.nonzero(wanted & (state == PageState.BOTH))
+        state, away = self.table.state[:, pages], self.table.want_host[:, pages]
+        layers, columns = np.nonzero(away & (state == PageState.BOTH))
         self._drop_device_copies(layers, pages[columns])
-        columns, layers = np.nonzero((wanted & (state == PageState.DEVICE)).T)
+        columns, layers = np.nonzero((away & (state == PageState.DEVICE)).T)
         if self.move_pages is not None:
             layers, columns = layers[: self.move_pages], columns[: self.move_pages]
         self._write_back(layers, pages[columns])
@@ -386,8 +384,8 @@ class ResidencyStore:
         self._drop_host_copies(layers, pages[columns])
 
     def _cached_pages(self) -> np.ndarray:
-        """Pages of no live request, least recently used first."""
-        pages = np.flatnonzero(self._cached)
+        """Pages of no live request that are in the arena, least recently used first."""
+        pages = np.flatnonzero(self._cached & (self.table.device_page >= 0).any(axis=0))
         return pages[np.argsort(self.table.last_used[pages], kind="stable")]
 
     def _make_room(self, need: int) -> None:
@@ -446,6 +444,8 @@ class ResidencyStore:
 
     def _write_back(self, layers: np.ndarray, pages: np.ndarray) -> int:
         """Start copying arena pages to the host: as many as it has room for, returned."""
+        if not len(pages):
+            return 0
         table = self.table
         host = self._take_host(layers, pages)
         layers, pages, host = layers[host >= 0], pages[host >= 0], host[host >= 0]

@@ -201,7 +201,7 @@ def test_numbers_of_a_calibration() -> None:
     calibration, mix = CALIBRATION, Mix((100, 100), (300, 300), (200, 200), (200, 200))
     numbers = calibration.numbers(Setup(arena_tokens=3000, link_gb_per_s=0.5), mix)
     assert numbers["h_bytes"] == pytest.approx(5e6)
-    assert numbers["rho"] == pytest.approx(5e6 / (3000 * 8192))
+    assert numbers["rho"] == pytest.approx(5e6 / (3000 * 2048))
     # 10 requests of 300 tokens fill the arena: 200 steps against 10 prefills of 200 tokens.
     assert numbers["mu"] == pytest.approx(200 * 0.01 / (10 * 200 * 0.0002))
     targets = calibration.targets()
