@@ -15,8 +15,8 @@ STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test bench-overhead bench-stream \
-  bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean
+.PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test gpu-bundle \
+  bench-overhead bench-stream bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -75,6 +75,9 @@ gpu-test: setup ## every test marked gpu, on an NVIDIA GPU
 	@nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || \
 	  { echo "make gpu-test needs an NVIDIA GPU" >&2; exit 1; }
 	$(OFFLINE) $(PY) -m pytest -m gpu --timeout 1800 --durations 10 $(ARGS)
+
+gpu-bundle: setup ## build/gpu-bundle: what a GPU machine without a network lacks, in parts
+	@$(PY) -m eval.gpu_bundle $(ARGS)
 
 bench-overhead: setup ## decode throughput, all resident, against stock SGLang
 	@$(OFFLINE) $(PY) -m eval.bench.overhead $(ARGS)

@@ -268,14 +268,19 @@ def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
     temporary.replace(target)
 
 
+def library_name(architecture: str) -> str:
+    """Of the file in a cache."""
+    source = hashlib.sha256((SOURCES / "pages.cu").read_bytes()).hexdigest()[:16]
+    return f"pages-{source}-{architecture}.so"
+
+
 def _library(cache: Path) -> Path:
     """The compiled library for the current device; compiled now if it has to be."""
     if given := os.environ.get(PREBUILT_ENV):
         return Path(given)
     major, minor = torch.cuda.get_device_capability()
     architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
-    source = hashlib.sha256((SOURCES / "pages.cu").read_bytes()).hexdigest()[:16]
-    library = cache / f"pages-{source}-{architecture}.so"
+    library = cache / library_name(architecture)
     if not library.exists():
         compile_library(library, (architecture,))
     return library
