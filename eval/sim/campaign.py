@@ -74,23 +74,30 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
 
 
-def finish(study: str, scenarios: Sequence[Scenario], folder: Path, workers: int) -> list[Row]:
-    """All runs of a study: those there are, and the rest now."""
+def finish(
+    study: str,
+    scenarios: Sequence[Scenario],
+    folder: Path,
+    workers: int,
+    now: Sequence[Scenario] | None = None,
+) -> list[Row]:
+    """The runs of a study: those there are, and the rest, or those of it to be done ``now``."""
     part, whole = UNFINISHED / f"{study}.jsonl", folder / f"{study}.jsonl.gz"
     known = {
         key_of(row["scenario"]): row
         for row in (*read(whole), *read(part))
         if row["code"] == code_hash()
     }
-    wanted = {key_of(scenario.as_dict()): scenario for scenario in scenarios}
-    missing = [scenario for key, scenario in wanted.items() if key not in known]
+    every = [key_of(scenario.as_dict()) for scenario in scenarios]
+    asked = scenarios if now is None else now
+    missing = [scenario for scenario in asked if key_of(scenario.as_dict()) not in known]
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as file:
         for row in _progress(study, _run_all(missing, workers), len(missing)):
             known[key_of(row["scenario"])] = row
             file.write(orjson.dumps(row) + b"\n")
             file.flush()
-    found = [known[key] for key in wanted]
+    found = [known[key] for key in every if key in known]
     write(whole, found)
     part.unlink()
     return found
@@ -149,7 +156,8 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(studies.STUDIES)} (all)")
     add("--quick", action="store_true", help="a smoke run of under a minute, and its report")
-    add("--seeds", type=int, metavar="N", help="only the first N of each cell: a first look")
+    add("--seeds", type=int, metavar="N", help="now only the first N of each cell")
+    add("--skip", nargs="+", default=[], metavar="METHOD", help="not now: paper takes longest")
     add("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
     unknown = set(options.studies) - set(studies.STUDIES)
@@ -163,10 +171,24 @@ def main(argv: Sequence[str]) -> int:
         print(report.comparison(rows, studies.OURS[0]))
         return 0
     for name in options.studies or studies.STUDIES:
-        scenarios = first_seeds(studies.STUDIES[name](), options.seeds)
-        finish(name, scenarios, RESULTS, options.workers)
-    write_result(RESULTS / "runs.json", argv, {"code": code_hash(), "seeds": list(studies.SEEDS)})
+        every = list(studies.STUDIES[name]())
+        now = [
+            scenario
+            for scenario in first_seeds(every, options.seeds)
+            if studies.method_name(scenario) not in options.skip
+        ]
+        finish(name, every, RESULTS, options.workers, now)
+    write_result(RESULTS / "runs.json", argv, {"studies": dict(_finished(RESULTS))})
     return 0
+
+
+def _finished(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What there is of each study. A window of a trace counts as a seed."""
+    for name in studies.STUDIES:
+        if rows := read(folder / f"{name}.jsonl.gz"):
+            seeds = sorted({row["scenario"]["seed"] for row in rows})
+            code = sorted({row["code"] for row in rows})
+            yield name, {"runs": len(rows), "seeds": seeds, "code": code}
 
 
 if __name__ == "__main__":

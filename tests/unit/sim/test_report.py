@@ -110,6 +110,19 @@ def test_a_campaign_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     assert ran[1:] == scenarios
 
 
+def test_a_part_of_a_study_adds_to_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign, "UNFINISHED", tmp_path / "parts")
+    scenarios = [replace(SMALL, policy=policy) for policy in ("retract", "queue", "swap")]
+    campaign.finish("s", scenarios, tmp_path, workers=1, now=scenarios[:1])
+    found = campaign.finish("s", scenarios, tmp_path, workers=1, now=scenarios[2:])
+    assert [row["scenario"]["policy"] for row in found] == ["retract", "swap"]
+    # What has left the study leaves the file.
+    found = campaign.finish("s", scenarios[1:], tmp_path, workers=1, now=[])
+    assert [row["scenario"]["policy"] for row in found] == ["swap"]
+
+
 def test_a_stored_run_that_says_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = campaign.row_of(SMALL)
     assert report.run_again([stored], count=5, seed=0) == []
