@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make(python: str, arch: str, modules: int | None) -> None:
-    """Write ``build/gpu-bundle/part-1`` and so on."""
+    """Write ``build/gpu-bundle/part-1-of-N`` and so on."""
     shutil.rmtree(BUNDLE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
