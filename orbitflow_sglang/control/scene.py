@@ -45,7 +45,11 @@ class Scene:
 
 
 def lost(view: RequestView, scene: Scene) -> bool:
-    """Whether the TPOT target is missed even if every token to come is computed at once."""
+    """Whether the request misses its SLO whatever is done: its first token came too late, or the
+    TPOT target is missed even if every token to come is computed at once."""
+    first_s, ttft_s = view.first_token_s, view.slo.ttft_s
+    if first_s is not None and ttft_s is not None and first_s - view.arrival_s > ttft_s:
+        return True
     deposit = view.deposit_s(scene.now)
     if deposit >= 0:
         return False

@@ -250,10 +250,11 @@ def test_retract_leaves_everything_to_sglang() -> None:
         (SLO(tpot_s=0.1), 1.9, 22, True),
         (SLO(tpot_s=0.05), 0.7, 1000, True),  # slower than a step: nothing is made up for
         (SLO(tpot_s=0.1), 0.9, 0, False),  # ahead
-        (SLO(ttft_s=0.1), 99.0, 5, False),  # no pace to lose
+        (SLO(ttft_s=1.0), 99.0, 5, False),  # no pace to lose, and the first token came in time
+        (SLO(ttft_s=0.9, tpot_s=0.1), 0.9, 0, True),  # ahead, but it did not
     ],
 )
-def test_a_request_is_lost_when_all_its_tokens_to_come_cannot_make_up(
+def test_a_request_is_lost_when_nothing_it_is_given_makes_up(
     slo: SLO, now: float, left: int, is_lost: bool
 ) -> None:
     view = RequestView("a", -1.0, slo, 64, 11 + left, phase="decode", tokens=75)
