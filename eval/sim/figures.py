@@ -45,7 +45,7 @@ def load_figure(rows: Sequence[Row]) -> Figure:
     for row in rows:
         if row["scenario"]["arrivals"] == Scenario("", "").arrivals:
             by_mix.setdefault(row["scenario"]["mix"], []).append(row)
-    figure = Figure(figsize=(3.0 * len(by_mix), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.0 * len(by_mix) + 1.5, 3.2), layout="constrained")
     axes: Sequence[Axes] = np.atleast_1d(figure.subplots(1, len(by_mix), sharey=True))
     for panel, (mix, of_mix) in zip(axes, sorted(by_mix.items()), strict=True):
         for name, line, mark in _styles():
@@ -59,7 +59,8 @@ def load_figure(rows: Sequence[Row]) -> Figure:
                            markersize=4, color="black", label=LABELS.get(name, name))  # fmt: skip
         panel.set(title=mix, xlabel="load (multiple of what queueing drains)", ylim=(0, 100))
     axes[0].set_ylabel("good requests, %")
-    axes[-1].legend(fontsize=7, loc="upper right")
+    lines, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=7, loc="outside right")
     return figure
 
 
