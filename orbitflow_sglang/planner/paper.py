@@ -33,8 +33,8 @@ from orbitflow_sglang.planner.problem import (
 
 VIOLATION_BUDGET = 2.0  # the authors' constant, whatever the number of requests
 SHORTEST_WINDOW = 32  # steps; with deposits, fewest tokens are late in the shortest window
-EXACT = 1e-9  # gap of the stall, relative
-SOON = 1e-2  # the same for an engine, whose requests wait: a plan 0.2 % slower, four times sooner
+EXACT = 1e-9  # gap of the step time, relative
+SOON = 1e-2  # the same for an engine, whose requests wait: 0.2 % slower steps, four times sooner
 
 
 def solve_paper(problem: PlanningProblem) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -65,3 +66,39 @@ def test_pins_agree_with_those_of_the_cpu() -> None:
     assert "sglang" in both and len(both) > 40
     for name in both:
         assert pins["gpu-bundle.txt"][name] == pins["cpu.txt"][name]
+
+
+def test_with_the_last_part_the_set_up_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, venv = tmp_path / "project", tmp_path / "venv"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "ours"\nversion = "1"\n[tool.setuptools]\npy-modules = ["ours"]\n'
+    )
+    (project / "ours.py").write_text("")
+    for number, name in enumerate(("one", "two"), start=1):
+        part = tmp_path / f"part-{number}-of-2"
+        part.mkdir()
+        info = f"{name}-1.dist-info"
+        with zipfile.ZipFile(part / f"{name}-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    (tmp_path / "part-2-of-2" / "pages.so").write_bytes(b"kernels")
+    cache = tmp_path / "cache"
+    for name, value in {"ROOT": project, "VENV": venv, "CACHE": cache}.items():
+        monkeypatch.setattr(gpu_bundle, name, value)
+    gpu_bundle.install(tmp_path / "part-1-of-2")
+    assert not (venv / ".set-up").exists() and not cache.exists()
+    # Not the setuptools that a venv of Python 3.11 begins with; a part brings one, here the machine.
+    pip = [venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"]
+    subprocess.run(pip, check=True)
+    gpu_bundle.install(tmp_path / "part-2-of-2")
+    assert (venv / ".set-up").exists()
+    assert (cache / "pages.so").read_bytes() == b"kernels"
+    # What this Python has is there, too.
+    code = "import one, two, ours, torch"
+    subprocess.run([venv / "bin" / "python", "-c", code], check=True, cwd=tmp_path)

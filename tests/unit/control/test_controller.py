@@ -264,6 +264,19 @@ def test_a_request_is_lost_when_nothing_it_is_given_makes_up(
     assert lost(view, scene) is is_lost
 
 
+@pytest.mark.parametrize("policy", ["orbitflow:no-streaming", "time-sliced-swap"])
+def test_when_memory_is_full_who_was_answered_too_late_leaves(policy: str) -> None:
+    views = []
+    for rid, first_s, tokens in (("punctual", 0.5, 40), ("late", 1.5, 20)):
+        view = RequestView(rid, 0.0, SLO(ttft_s=1.0, tpot_s=0.1), 512, 400, phase="decode")
+        view.tokens = 512 + tokens
+        view.times.add(first_s, 1)
+        view.times.add(1.9, tokens - 1)  # both are ahead, and who was punctual by more
+        views.append(view)
+    controller = Controller(find_policy(policy), MACHINE, ConstantCosts(), None)
+    assert controller.decide(Observation(2.0, views, list)).pause == ("late",)
+
+
 # --- chunks -----------------------------------------------------------------------
 
 

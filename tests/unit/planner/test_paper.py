@@ -138,3 +138,21 @@ def test_out_of_time_one_distance_for_all_is_taken() -> None:
     plan, uniform = solve_paper(one), solve_paper_uniform(one)
     assert plan.status == "feasible"
     assert (plan.offloaded == uniform.offloaded).all()
+
+
+def test_an_engine_gets_a_plan_within_a_hundredth_of_the_least_step_time() -> None:
+    rng = np.random.default_rng(3)
+    stalls = 0
+    for _ in range(60):
+        pages = rng.integers(20, 200, 12).tolist()
+        arena = int(16 * sum(pages) * rng.uniform(0.6, 0.9))
+        exact = problem(pages, layers=16, arena=arena, t=1e-3, t_b=2e-6 * rng.uniform(1, 4))
+        ring = 40
+        engines = replace(
+            exact, arena_pages=arena + ring + 16 * int(exact.tails.sum()), ring_pages=ring
+        )
+        least, found = solve_paper(exact), solve_paper(engines)
+        assert (least.status, found.status) == ("optimal", "optimal")
+        assert found.step_time_s <= 1.01 * least.step_time_s
+        stalls += least.step_time_s > 1.01 * exact.resident_step_s
+    assert stalls > 10
