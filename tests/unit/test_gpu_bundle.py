@@ -93,7 +93,7 @@ def test_with_the_last_part_the_set_up_is_done(
         monkeypatch.setattr(gpu_bundle, name, value)
     gpu_bundle.install(tmp_path / "part-1-of-2")
     assert not (venv / ".set-up").exists() and not cache.exists()
-    # Not the setuptools that a venv of Python 3.11 begins with; a part brings one, here the machine.
+    # Not the old setuptools of a new venv: in earnest a part brings one, here the machine has it.
     pip = [venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"]
     subprocess.run(pip, check=True)
     gpu_bundle.install(tmp_path / "part-2-of-2")
