@@ -154,7 +154,7 @@ class Controller:
         scene.step_s = max(scene.compute_s, self.costs.step_s(batch, context))
         scene.hidden_pages = scene.compute_s / max(1e-12, self.costs.page_transfer_s)
         self.hidden_pages = scene.hidden_pages
-        scene.mu = self._mu(scene)
+        self._balance(scene)
         rho = scene.hidden_pages / machine.main_pages
         aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
         if spec.streaming == "hidden":
@@ -176,16 +176,29 @@ class Controller:
         back = [view for view in scene.paused if view.rid in self._returning]
         return [*scene.decoding, *scene.prefilling, *back]
 
-    def _mu(self, scene: Scene) -> float:
-        """Decode seconds / prefill seconds at the memory limit; infinite while unknown."""
+    def _balance(self, scene: Scene) -> None:
+        """Decoding against prefill, by the requests that have ended; unknown before the first.
+
+        mu = decode seconds / prefill seconds at the memory limit; and the pages up to which those
+        that decode keep their pace beside the prompts of those that take their places.
+        """
         if not self._average_prompt:
-            return math.inf
+            return
         size, layers = self.machine.page_size, self.machine.layers
         held = self._average_prompt + self._average_output / 2
         together = max(1.0, self.machine.main_pages / layers * size / held)
         step = self.costs.compute_s(round(together), round(together * held))
         prefill = self.costs.prefill_s(round(self._average_prompt), 0)
-        return self._average_output * step / max(1e-9, prefill * together)
+        scene.mu = self._average_output * step / max(1e-9, prefill * together)
+        served = [*scene.decoding, *scene.prefilling, *scene.waiting]
+        paces = [view.slo.pace_s for view in served if not lost(view, scene)]
+        strictest = min((pace for pace in paces if pace is not None), default=math.inf)
+        alone = self.costs.compute_s(1, round(held))
+        another = (step - alone) / max(1.0, together - 1)
+        prompt = prefill / self._average_output
+        waiting = len(scene.waiting) + len(scene.prefilling)
+        most = rules.sustained(strictest, alone, another, prompt, waiting)
+        scene.sustained = most * held / size * layers
 
     # --- setting aside and bringing back --------------------------------------
 
@@ -316,9 +329,12 @@ class Controller:
         return rules.fits(scene.used, wanted, scene.room)
 
     def _affordable(self, scene: Scene, wants: Candidacy, running: int) -> bool:
-        """Whether a newcomer leaves those on time what they need of memory in turns."""
-        looked_at = self.spec.has("admission") and self.spec.has("pause")
-        if wants.paused or running == 0 or not looked_at:
+        """Whether a newcomer leaves those on time their pace, and their turns in memory."""
+        if wants.paused or running == 0 or not self.spec.has("admission"):
+            return True
+        if not rules.fits(scene.used, wants.pages, scene.sustained):
+            return False
+        if not self.spec.has("pause"):
             return True
         return rules.fits(self._committed(scene), wants.pages, scene.room)
 

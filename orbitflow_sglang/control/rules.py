@@ -176,6 +176,23 @@ def committed_share(step_s: float, pace_s: float, paced: bool) -> float:
     return min(1.0, COMMITTED_MARGIN * step_s / pace_s) if paced and pace_s > 0 else 1.0
 
 
+def sustained(
+    pace_s: float, alone_s: float, another_s: float, prompt_s: float, waiting: int
+) -> float:
+    """How many may decode together and keep their pace while others come and go.
+
+    A token of one takes a step, ``alone_s`` and ``another_s`` for each beside it, and its share
+    of the prompts computed meanwhile: whoever ends is replaced by who waits, so each of ``n``,
+    or of those ``waiting`` where they are fewer, costs every other ``prompt_s`` a token, the
+    seconds of a prompt over the tokens of an output.
+    """
+    spare_s = pace_s - alone_s + another_s
+    if another_s > 0 and spare_s >= (another_s + prompt_s) * waiting:
+        return (spare_s - waiting * prompt_s) / another_s
+    each_s = another_s + prompt_s
+    return max(1.0, spare_s / each_s) if each_s > 0 else math.inf
+
+
 def fits(used: float, wanted: int, room: float) -> bool:
     """Whether ``wanted`` pages fit beside those ``used``, or beside what on-time requests will
     need of memory in turns."""

@@ -26,6 +26,7 @@ class Scene:
     room: float = 0.0  # pages that may be in use together, tails included
     used: int = 0  # by those decoding, prefilling or coming back
     mu: float = math.inf
+    sustained: float = math.inf  # pages in use beyond which prompts cost who decodes its pace
     shared: Sequence[UnitView] | None = None  # None: not looked at
     reasons: list[str] = field(default_factory=list)
 
@@ -45,10 +46,10 @@ class Scene:
 
 
 def lost(view: RequestView, scene: Scene) -> bool:
-    """Whether the request misses its SLO whatever is done: its first token came too late, or the
+    """Whether the request misses its SLO whatever is done: its first token is too late, or the
     TPOT target is missed even if every token to come is computed at once."""
-    first_s, ttft_s = view.first_token_s, view.slo.ttft_s
-    if first_s is not None and ttft_s is not None and first_s - view.arrival_s > ttft_s:
+    first_s = scene.now if view.first_token_s is None else view.first_token_s
+    if view.slo.ttft_s is not None and first_s - view.arrival_s > view.slo.ttft_s:
         return True
     deposit = view.deposit_s(scene.now)
     if deposit >= 0:

@@ -277,6 +277,30 @@ def test_when_memory_is_full_who_was_answered_too_late_leaves(policy: str) -> No
     assert controller.decide(Observation(2.0, views, list)).pause == ("late",)
 
 
+@pytest.mark.parametrize(
+    ("policy", "output", "slo", "enters"),
+    [  # A prompt of 128 tokens takes 128 ms: 16 ms of each of 8 tokens, 0.16 ms of each of 800.
+        ("orbitflow", 8, SLO(tpot_s=0.04), False),
+        ("orbitflow", 800, SLO(tpot_s=0.04), True),
+        ("orbitflow", 8, SLO(tpot_s=0.1), True),
+        ("orbitflow", 8, SLO(), True),
+        ("orbitflow:no-admission", 8, SLO(tpot_s=0.04), True),
+    ],
+)
+def test_a_newcomer_waits_where_prompts_would_cost_who_decodes_the_pace(
+    policy: str, output: int, slo: SLO, enters: bool
+) -> None:
+    controller = Controller(find_policy(policy), MACHINE, ConstantCosts(prefill_token_s=1e-3), None)
+    ended = RequestView("ended", 0.0, SLO(), 128, output, phase="decode", tokens=128 + output)
+    ended.times.add(1.0, output)
+    controller.finished(ended)
+    busy = RequestView("busy", 1.0, slo, 128, 40, phase="decode", tokens=129)
+    busy.times.add(1.1, 1)
+    waiting = [RequestView(f"w{number}", 1.1, slo, 128, 40) for number in range(3)]
+    decision = controller.decide(Observation(1.1, [busy, *waiting], list))
+    assert bool(decision.admit) is enters
+
+
 # --- chunks -----------------------------------------------------------------------
 
 

@@ -146,6 +146,27 @@ def test_a_paced_request_is_committed_for_its_share_of_the_time() -> None:
     assert rules.committed_share(0.02, 0.04, paced=False) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("waiting", "together"),
+    [  # A token may take 60 ms; alone it takes 20, beside another 2 more, a prompt's share is 6.
+        (50, 5.25),  # 20 + 4.25 x 2 + 5.25 x 6 = 60
+        (5, 6.0),  # 20 + 5 x 2 + 5 x 6 = 60
+        (2, 15.0),  # 20 + 14 x 2 + 2 x 6 = 60
+        (0, 21.0),
+    ],
+)
+def test_so_many_keep_their_pace_beside_the_prompts_of_who_comes_next(
+    waiting: int, together: float
+) -> None:
+    assert rules.sustained(0.060, 0.020, 0.002, 0.006, waiting) == pytest.approx(together)
+
+
+def test_one_always_decodes_and_without_a_pace_as_many_as_come() -> None:
+    assert rules.sustained(0.010, 0.020, 0.002, 0.006, 9) == 1.0
+    assert rules.sustained(math.inf, 0.020, 0.002, 0.006, 9) == math.inf
+    assert rules.sustained(0.060, 0.020, 0.0, 0.0, 9) == math.inf
+
+
 # --- chunks ---------------------------------------------------------------------
 
 
