@@ -12,13 +12,18 @@ from sglang.srt.mem_cache.memory_pool import KVCache, KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from orbitflow_sglang.engine import compat
+from orbitflow_sglang.engine.runtime import StepInput
 
 
 class OrbitFlowBackend(AttentionBackend):
-    """One object per model runner; a step is prepared by ``init_forward_metadata``."""
+    """One object per model runner."""
 
     name: ClassVar[str]  # as ``--attention-backend`` has it
     token_to_kv_pool: KVCache
+
+    @abstractmethod
+    def begin(self, step: StepInput) -> None:
+        """A step begins: make its pages ready, and plan."""
 
     @abstractmethod
     def decode(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
@@ -29,6 +34,9 @@ class OrbitFlowBackend(AttentionBackend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
     ) -> torch.Tensor:
         """All are ``[new tokens of all requests, heads, head_dim]``; so is the result."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self.begin(StepInput.of(forward_batch))
 
     def forward_decode(
         self,

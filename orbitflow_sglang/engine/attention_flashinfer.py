@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.flashinfer_backend import should_use_tensor_core
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_buffer, get_parallel
 
 from orbitflow_sglang.config import FLASHINFER
 from orbitflow_sglang.engine import compat
-from orbitflow_sglang.engine.attention_base import OrbitFlowBackend
 from orbitflow_sglang.engine.flashinfer_wrappers import (
     Heads,
     PagedAttention,
     merge_in_torch,
     self_test,
 )
+from orbitflow_sglang.engine.graphs import BetweenGraphs
 from orbitflow_sglang.engine.page_rows import MirroredRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
 from orbitflow_sglang.engine.runtime import StepInput, spans
@@ -33,7 +32,7 @@ MOST_THREADS = 1024  # of a block
 WORKSPACE_BYTES = 512 << 20  # what SGLang takes for the models that need most
 
 
-class OrbitFlowFlashInferBackend(OrbitFlowBackend):
+class OrbitFlowFlashInferBackend(BetweenGraphs):
     name = FLASHINFER
 
     def __init__(self, model_runner: Any) -> None:
@@ -64,12 +63,7 @@ class OrbitFlowFlashInferBackend(OrbitFlowBackend):
         )
         self_test(self._attention, heads, pool.page_size)
 
-    def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Tokens of a request that SGLang makes up, also without graphs."""
-        return 1
-
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        step = StepInput.of(forward_batch)
+    def begin(self, step: StepInput) -> None:
         _, counts, tokens = spans(step, self.token_to_kv_pool.page_size)
         new_tokens = None
         if step.prefix_lens is not None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from orbitflow_sglang.config import TORCH
 from orbitflow_sglang.engine.attention_base import OrbitFlowBackend
@@ -49,8 +48,7 @@ class OrbitFlowTorchBackend(OrbitFlowBackend):
         costs = LayerCosts.from_env()
         self._emulated = None if costs is None else EmulatedCompute(costs)
 
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        step = StepInput.of(forward_batch)
+    def begin(self, step: StepInput) -> None:
         self._new_tokens = [n - b for n, b in zip(step.seq_lens, step.before, strict=True)]
         self.reader.begin(step)
         if self._emulated is not None:

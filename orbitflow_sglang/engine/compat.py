@@ -86,10 +86,14 @@ _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("grpc_mode", (False,), _PROCESS),
 )
 _ASKS_TO_FUSE = "enable_fused_set_kv_buffer"
-_NO_GRAPHS = "a step whose KV is partly on the host cannot be replayed from a graph yet"
-_CUDA_RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("cuda_graph_backend_decode", (None, "disabled"), _NO_GRAPHS),
-    ("cuda_graph_backend_prefill", (None, "disabled"), _NO_GRAPHS),
+_NO_GRAPHS = (
+    "a step whose KV is partly on the host has to be attended outside of graphs, which only "
+    "--cuda-graph-backend-decode breakable does"
+)
+_GRAPHS = {"decode": ("breakable", "disabled"), "prefill": ("disabled",)}
+_CUDA_RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = tuple(
+    (f"cuda_graph_backend_{phase}", (None, *accepted), _NO_GRAPHS)
+    for phase, accepted in _GRAPHS.items()
 )
 
 
@@ -126,9 +130,13 @@ def choose_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
         logger.info("OrbitFlow chose --page-size %d", PAGE_SIZES[device])
     if device == "cuda":
         _declare(server_args, disable_overlap_schedule=True, disable_cuda_graph=True)
+        eager = view.cuda_graph_backend_decode in (None, "disabled")
         logger.warning(
-            "OrbitFlow has not been measured on a GPU yet. It serves without CUDA graphs and "
-            "without the overlap scheduler"
+            "OrbitFlow has not been measured on a GPU yet. It serves without the overlap "
+            "scheduler, and %s",
+            "without CUDA graphs (--cuda-graph-backend-decode breakable: with)"
+            if eager
+            else "decodes in pieces from CUDA graphs, attended between them",
         )
     previous(server_args)
 
@@ -206,9 +214,9 @@ def check_arguments(view: Any) -> None:
 
 def check_graphs(resolved: Any) -> None:
     """Raise ``ConfigError`` for a graph that was asked for by SGLang's JSON, which wins."""
-    for phase in ("decode", "prefill"):
+    for phase, accepted in _GRAPHS.items():
         backend = getattr(resolved, phase).backend
-        if str(getattr(backend, "value", backend)) != "disabled":
+        if str(getattr(backend, "value", backend)) not in accepted:
             raise _refusal(f"--cuda-graph-config with {phase} graphs ({backend})", _NO_GRAPHS)
 
 

@@ -28,6 +28,10 @@ _INTERNAL_STATE = (
 )
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_GRAPHS = (
+    "sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend"
+    ".BreakableCudaGraphBackend"
+)
 _OPENAI = "sglang.srt.entrypoints.openai"
 _LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 _REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
@@ -150,6 +154,8 @@ SCHEDULER = (
     Hook(f"{_SCHEDULER}.get_init_info", HookType.AFTER, "scheduler:get_init_info"),
     Hook(f"{_INTERNAL_STATE}.get_internal_state", HookType.AFTER, "inspection:get_internal_state"),
     *DETOKENIZER,
+    Hook(f"{_GRAPHS}.capture_one", HookType.AROUND, "graphs:capture_tensors"),
+    Hook(f"{_GRAPHS}.replay", HookType.AROUND, "graphs:replay_tensors"),
     Hook(f"{_METRICS}.log_stats", HookType.AFTER, "metrics:log_stats"),
     Hook(f"{_REPORTER}._maybe_log_idle_metrics", HookType.AFTER, "metrics:idle"),
     Hook(f"{_REPORTER}.report_decode_stats", HookType.AFTER, "metrics:report_decode_stats"),

@@ -1,11 +1,13 @@
 """The backend for GPUs in the real engine on the CPU, with PyTorch in FlashInfer's place.
 
 Everything but the kernels is what a GPU runs: plans, page indices of each layer, parts and their
-merging, and the copy of the table of pages. ``tests/gpu`` has the kernels too.
+merging, the copy of the table of pages, and decode steps from SGLang's graphs in pieces, of up to
+four requests, with calls made again in a CUDA graph's place. ``tests/gpu`` has the kernels too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,10 @@ COMMON = (
     *("--attention-backend", "orbitflow_flashinfer", "--disable-overlap-schedule"),
     *("--orbitflow-host-memory-gb", "0.5", "--page-size", "16", "--chunked-prefill-size", "256"),
 )
+GRAPHS = (
+    *("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4"),
+    *("--decode-log-interval", "1"),
+)
 ENV = {**TEST_CONTROL, "PYTHONPATH": str(FAKE)}
 
 
@@ -40,9 +46,9 @@ def server(stock: Stock) -> Iterator[Server]:
     stock.answers("llama", workload("llama"))  # one server at a time
     args = orbitflow_args(
         "llama", *COMMON, "--orbitflow-arena-tokens", "1024", "--orbitflow-policy", "static:1",
-        "--orbitflow-ring-pages", "40",
+        "--orbitflow-ring-pages", "40", *GRAPHS,
     )  # fmt: skip
-    with Server(args, env=ENV) as started:
+    with Server(args, env={**ENV, "FAKE_CUDA_GRAPHS": "1"}) as started:
         yield started
 
 
@@ -56,6 +62,18 @@ def test_tokens_are_those_of_stock_sglang(
 
 def test_a_corrupted_page_is_noticed(server: Server, stock: Stock) -> None:
     assert_corruption_is_noticed(server, stock, "llama")
+
+
+def test_steps_came_from_graphs_and_beside_them(server: Server) -> None:
+    """Of one request, padded to four, and more than were captured."""
+    steps = re.findall(
+        r"Decode batch, #running-req: (\d+).*cpu graph: (\w+)", server.log.read_text("utf-8")
+    )
+    sizes = {
+        graph: {int(size) for size, drawn in steps if drawn == graph} for graph in ("True", "False")
+    }
+    assert {1, 2, 3, 4} <= sizes["True"] and max(sizes["True"]) == 4, sizes
+    assert min(sizes["False"]) == 5, sizes
 
 
 @in_full_only

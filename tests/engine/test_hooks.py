@@ -59,6 +59,10 @@ IN_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 IN_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+GRAPHS = (
+    "sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend"
+    ".BreakableCudaGraphBackend"
+)
 REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
@@ -89,6 +93,8 @@ SCHEDULER = {
     f"{IN_SCHEDULER}.get_init_info": "scheduler.get_init_info",
     f"{INTERNAL_STATE}.get_internal_state": "inspection.get_internal_state",
     **DETOKENIZER,
+    f"{GRAPHS}.capture_one": "graphs.capture_tensors",
+    f"{GRAPHS}.replay": "graphs.replay_tensors",
     f"{METRICS}.log_stats": "metrics.log_stats",
     f"{REPORTER}._maybe_log_idle_metrics": "metrics.idle",
     f"{REPORTER}.report_decode_stats": "metrics.report_decode_stats",

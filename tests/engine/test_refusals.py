@@ -139,20 +139,32 @@ def test_another_device_is_refused_with_those_there_are(
     )
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_graphs_are_refused_on_a_gpu(compat: ModuleType, phase: str) -> None:
-    field = f"cuda_graph_backend_{phase}"
+@pytest.mark.parametrize(
+    ("phase", "backend", "accepted"),
+    [
+        ("decode", "disabled", True),
+        ("decode", "breakable", True),
+        ("decode", "full", False),
+        ("prefill", "disabled", True),
+        ("prefill", "breakable", False),
+        ("prefill", "full", False),
+    ],
+)
+def test_only_decode_steps_in_pieces_come_from_graphs_on_a_gpu(
+    compat: ModuleType, phase: str, backend: str, accepted: bool
+) -> None:
+    asked = {f"cuda_graph_backend_{phase}": backend}
     on_gpu = {"device": "cuda", "attention_backend": FLASHINFER}
-    compat.check_arguments(view(compat, **on_gpu, **{field: "disabled"}))
-    message = refusal_of(compat, **on_gpu, **{field: "full"})
-    assert f"--cuda-graph-backend-{phase} full: a step whose KV is partly on the host" in message
-
-
-def test_graphs_by_json_are_refused_too(compat: ModuleType) -> None:
-    off, on = SimpleNamespace(backend="disabled"), SimpleNamespace(backend="full")
-    compat.check_graphs(SimpleNamespace(decode=off, prefill=off))
-    with pytest.raises(ConfigError, match="--cuda-graph-config with decode graphs"):
-        compat.check_graphs(SimpleNamespace(decode=on, prefill=off))
+    by_json = {name: SimpleNamespace(backend="disabled") for name in ("decode", "prefill")}
+    by_json[phase] = SimpleNamespace(backend=backend)
+    if accepted:
+        compat.check_arguments(view(compat, **on_gpu, **asked))
+        compat.check_graphs(SimpleNamespace(**by_json))
+        return
+    message = refusal_of(compat, **on_gpu, **asked)
+    assert f"--cuda-graph-backend-{phase} {backend}: a step whose KV is partly on" in message
+    with pytest.raises(ConfigError, match=f"--cuda-graph-config with {phase} graphs"):
+        compat.check_graphs(SimpleNamespace(**by_json))
 
 
 def test_parts_of_attention_that_would_go_unheeded_are_refused(compat: ModuleType) -> None:

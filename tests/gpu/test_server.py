@@ -16,6 +16,7 @@ MODEL = TinyModel("llama", layers=8, heads=8)
 COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *EAGER)
 WANTED = mixed_requests(32, seed=0, longest=900, max_new_tokens=48, shared_fraction=0.5)
 POLICIES = ("resident", "static:1", "all-host", "random:1")
+GRAPHS = ("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4", "8")
 
 
 def server(*extra: str) -> Server:
@@ -36,14 +37,15 @@ def stock() -> Iterator[tuple[list[Generation], float]]:
     yield expected, first_drift(expected, again)
 
 
+@pytest.mark.parametrize("graphs", [(), GRAPHS], ids=["eager", "graphs"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tokens_are_those_of_stock_sglang(
-    policy: str, stock: tuple[list[Generation], float]
+    policy: str, graphs: tuple[str, ...], stock: tuple[list[Generation], float]
 ) -> None:
     expected, drift = stock
     with server(
         "--enable-orbitflow", "--orbitflow-policy", policy, "--orbitflow-arena-tokens", "1024",
-        "--orbitflow-host-memory-gb", "2",
+        "--orbitflow-host-memory-gb", "2", *graphs,
     ) as ours:  # fmt: skip
         answers = ours.generate_many(WANTED, 8)
         ours.wait_idle()

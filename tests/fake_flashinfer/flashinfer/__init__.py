@@ -7,6 +7,7 @@ at that attribute in a run alone. ``tests/gpu`` asks the same of the real one.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from typing import Any
 
@@ -37,6 +38,10 @@ def _write_rows_as_a_kernel_does() -> None:
 
 if "sglang.srt.managers.scheduler" in sys.modules:
     _write_rows_as_a_kernel_does()
+    if os.environ.get("FAKE_CUDA_GRAPHS") == "1":
+        import cpu_graphs
+
+        cpu_graphs.install()
 
 
 class _Wrapper:
