@@ -195,7 +195,7 @@ class Controller:
         strictest = min((pace for pace in paces if pace is not None), default=math.inf)
         alone = self.costs.compute_s(1, round(held))
         another = (step - alone) / max(1.0, together - 1)
-        prompt = prefill / self._average_output
+        prompt = prefill / max(1.0, self._average_output)  # 0: whoever ended was given up
         waiting = len(scene.waiting) + len(scene.prefilling)
         most = rules.sustained(strictest, alone, another, prompt, waiting)
         scene.sustained = most * held / size * layers

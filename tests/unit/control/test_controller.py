@@ -284,6 +284,7 @@ def test_when_memory_is_full_who_was_answered_too_late_leaves(policy: str) -> No
         ("orbitflow", 800, SLO(tpot_s=0.04), True),
         ("orbitflow", 8, SLO(tpot_s=0.1), True),
         ("orbitflow", 8, SLO(), True),
+        ("orbitflow", 0, SLO(tpot_s=0.04), False),  # aborted before its first token
         ("orbitflow:no-admission", 8, SLO(tpot_s=0.04), True),
     ],
 )
@@ -291,7 +292,7 @@ def test_a_newcomer_waits_where_prompts_would_cost_who_decodes_the_pace(
     policy: str, output: int, slo: SLO, enters: bool
 ) -> None:
     controller = Controller(find_policy(policy), MACHINE, ConstantCosts(prefill_token_s=1e-3), None)
-    ended = RequestView("ended", 0.0, SLO(), 128, output, phase="decode", tokens=128 + output)
+    ended = RequestView("ended", 0.0, SLO(), 128, 800, phase="decode", tokens=128 + output)
     ended.times.add(1.0, output)
     controller.finished(ended)
     busy = RequestView("busy", 1.0, slo, 128, 40, phase="decode", tokens=129)
