@@ -8,19 +8,14 @@ from typing import Any
 
 import orjson
 import pytest
-from servers import CONCURRENCY, Stock, assert_nothing_is_left, in_full_only, orbitflow_args
+from servers import CONCURRENCY, WANTED, Stock, assert_nothing_is_left, in_full_only, orbitflow_args
 
-from eval.client import Request
 from eval.server import Server, ServerFailed
 from orbitflow_sglang.planner.cost_model import ComputeModel, Profile, TransferModel
 
 LINK_GB_PER_S = 0.05
 SIZES = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
 SLOW_LINK = (*SIZES, "--orbitflow-emulated-link-gb-per-s", str(LINK_GB_PER_S))
-WANTED = [
-    Request("short", tuple(range(100, 130)), max_new_tokens=24),
-    Request("longer", tuple(range(1, 400)), max_new_tokens=24),
-]
 
 PROFILE = Profile(  # of the tiny Llama with 8 layers, pages of 16 tokens, float32
     model="given",
@@ -134,23 +129,29 @@ def test_what_never_plans_measures_nothing_and_a_given_file_is_used(
         assert profile["prefill_tokens_per_s"] == PROFILE.prefill_tokens_per_s
 
 
-def test_a_profile_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
-    of_other_model = orjson.loads(PROFILE.dump())
-    of_other_model["compute"]["layers"] = 12
-    of_other_pages = orjson.loads(PROFILE.dump())
-    of_other_pages["page_bytes"] = 4096
+@pytest.mark.parametrize(
+    ("part", "name", "value", "reason"),
+    [
+        ("compute", "layers", 12, "it is of a model with 12 layers, and this one has 8"),
+        pytest.param(
+            None, "page_bytes", 4096, "its pages have 4096 bytes, and here they have 16384",
+            marks=in_full_only,
+        ),
+    ],
+)  # fmt: skip
+def test_a_profile_that_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, part: str | None, name: str, value: int, reason: str
+) -> None:
+    given = orjson.loads(PROFILE.dump())
+    (given if part is None else given[part])[name] = value
     path = tmp_path / "profile.json"
-    for values, reason in (
-        (of_other_model, "it is of a model with 12 layers, and this one has 8"),
-        (of_other_pages, "its pages have 4096 bytes, and here they have 16384"),
-    ):
-        path.write_bytes(orjson.dumps(values))
-        running = server(tmp_path, *SIZES, "--orbitflow-profile", str(path))
-        with pytest.raises(ServerFailed) as caught:
-            running.start()
-        assert f"--orbitflow-profile {path}: {reason}: give a profile" in str(caught.value)
-        if values is of_other_model:
-            assert "Traceback" not in running.log.read_text(), "known before any process starts"
+    path.write_bytes(orjson.dumps(given))
+    running = server(tmp_path, *SIZES, "--orbitflow-profile", str(path))
+    with pytest.raises(ServerFailed) as caught:
+        running.start()
+    assert f"--orbitflow-profile {path}: {reason}: give a profile" in str(caught.value)
+    if part == "compute":
+        assert "Traceback" not in running.log.read_text(), "known before any process starts"
 
 
 @in_full_only

@@ -13,18 +13,14 @@ from typing import Any
 import orjson
 import pytest
 import requests
-from servers import CONCURRENCY, MODELS, Stock, in_full_only, orbitflow_args, run_python
+from servers import CONCURRENCY, MODELS, WANTED, Stock, in_full_only, orbitflow_args, run_python
 
-from eval.client import Client, Generation, Request
+from eval.client import Client, Generation
 from eval.server import ROOT, Server, ServerFailed, free_port
 from eval.tiny_model import build
 from orbitflow_sglang.config import CONFIG_ENV, OrbitFlowConfig
 
 ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
-WANTED = [
-    Request("short", tuple(range(100, 130)), max_new_tokens=24),
-    Request("longer", tuple(range(1, 400)), max_new_tokens=24),
-]
 # As README tells users of `sgl.Engine` to do it. SGLang starts its processes by
 # `spawn`, which imports this file again: hence the guard.
 ENGINE_SCRIPT = """
@@ -134,6 +130,7 @@ def test_an_engine_that_cannot_work_raises_with_flag_reason_and_fix(tmp_path: Pa
     )
 
 
+@in_full_only
 def test_a_configuration_in_the_environment_is_refused_without_the_flag() -> None:
     exported = orjson.dumps({"policy": OrbitFlowConfig().policy}).decode()
     server = Server(["--model-path", str(build(MODELS["llama"]))], env={CONFIG_ENV: exported})

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from servers import CONCURRENCY, Stock, in_full_only, orbitflow_args, run_python
-from test_entry_points import ARENA, WANTED, engine_result, engine_script, ids
+from servers import CONCURRENCY, WANTED, Stock, in_full_only, orbitflow_args, run_python
+from test_entry_points import ARENA, engine_result, engine_script, ids
 
 from eval.server import Server
 from orbitflow_sglang import patches
@@ -64,6 +64,7 @@ def test_an_engine_takes_the_flags_by_name(
     assert result["orbitflow"]["d2h"]["bytes"] > 0
 
 
+@in_full_only
 def test_an_engine_without_the_patches_says_how_to_get_them(tmp_path: Path) -> None:
     if patches.report(patches.load(), patches.installed())[1]:
         pytest.skip("the installed SGLang is patched")

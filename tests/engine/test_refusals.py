@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import run_python
+from servers import in_full_only, run_python
 
 from eval.server import Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
@@ -478,7 +478,13 @@ SERVERS: dict[str, tuple[list[str], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SERVERS)
+IN_EVERY_RUN = ("attention backend", "flag without the switch")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in IN_EVERY_RUN else in_full_only) for name in SERVERS],
+)
 def test_the_last_line_of_a_server_that_is_refused_says_why(name: str, model: Path) -> None:
     args, message = SERVERS[name]
     server = Server(stock_args(model, *args))

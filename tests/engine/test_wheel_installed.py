@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import CONCURRENCY, Stock, in_full_only, orbitflow_args, run_python
-from test_entry_points import ARENA, WANTED, ids
+from servers import CONCURRENCY, WANTED, Stock, in_full_only, orbitflow_args, run_python
+from test_entry_points import ARENA, ids
 
 from eval.server import ROOT, Server
 
