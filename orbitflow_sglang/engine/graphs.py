@@ -74,11 +74,8 @@ class BetweenGraphs(OrbitFlowBackend):
         attended = super().forward_decode(
             q[:count], k[:count], v[:count], layer, forward_batch, save_kv_cache, **kwargs
         )
-        if len(attended) == len(q):
-            return attended
-        return torch.cat(
-            [attended, attended.new_zeros(len(q) - len(attended), *attended.shape[1:])]
-        )
+        padding = len(q) - len(attended)
+        return torch.nn.functional.pad(attended, (0, 0, 0, padding)) if padding else attended
 
 
 def capture_tensors(
