@@ -63,17 +63,14 @@ class BetweenGraphs(OrbitFlowBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
+        *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         """``q`` is ``[requests, heads * head_dim]``, padding included; so is the result."""
         if self._capturing:
             return q.new_zeros(len(q), layer.tp_q_head_num * layer.v_head_dim)
         count = self._requests
-        attended = super().forward_decode(
-            q[:count], k[:count], v[:count], layer, forward_batch, save_kv_cache, **kwargs
-        )
+        attended = super().forward_decode(q[:count], k[:count], v[:count], layer, *args, **kwargs)
         padding = len(q) - len(attended)
         return torch.nn.functional.pad(attended, (0, 0, 0, padding)) if padding else attended
 

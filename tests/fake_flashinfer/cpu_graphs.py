@@ -1,8 +1,9 @@
 """CUDA graphs on the CPU, for SGLang's own runner of decode graphs: calls are made again.
 
 As on a GPU nothing is computed while it is captured (results are filled with NaN), every tensor
-keeps its address, and what runs between two graphs is not in them. Stands in for
-``torch.cuda.CUDAGraph`` alone; capture, padding, breaks and replay are SGLang's code.
+keeps its address, and what runs between two graphs is not in them. Taken place of: CUDA's graph,
+what ``torch.cpu`` lacks of a device, and SGLang's choice of a runner, which has another one for
+CPUs. Capture, padding, breaks and replay are SGLang's code.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ def _storage(tensor: torch.Tensor) -> int:
 class CpuGraph:
     """``torch.cuda.CUDAGraph`` as far as SGLang's breakable graphs use it."""
 
-    replays = 0
-
     def __init__(self, keep_graph: bool = False) -> None:
         self._recorder = _Recorder()
 
@@ -60,7 +59,6 @@ class CpuGraph:
         pass
 
     def replay(self) -> None:
-        CpuGraph.replays += 1
         for func, args, kwargs, out in self._recorder.calls:
             again = func(*args, **kwargs)
             for kept, new in zip(tree_leaves(out), tree_leaves(again), strict=True):

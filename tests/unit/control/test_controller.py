@@ -264,6 +264,12 @@ def test_a_request_is_lost_when_nothing_it_is_given_makes_up(
     assert lost(view, scene) is is_lost
 
 
+@pytest.mark.parametrize(("now", "is_lost"), [(1.4, False), (1.6, True)])
+def test_who_waits_is_lost_once_the_first_token_is_overdue(now: float, is_lost: bool) -> None:
+    view = RequestView("a", 0.5, SLO(ttft_s=1.0, tpot_s=0.1), 64, 8)
+    assert lost(view, Scene(now, step_s=0.06)) is is_lost
+
+
 @pytest.mark.parametrize("policy", ["orbitflow:no-streaming", "time-sliced-swap"])
 def test_when_memory_is_full_who_was_answered_too_late_leaves(policy: str) -> None:
     views = []

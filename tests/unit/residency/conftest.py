@@ -14,7 +14,7 @@ settings.register_profile(
     "residency",
     derandomize=True,
     deadline=None,
-    max_examples=200,
+    max_examples=300,
     stateful_step_count=40,
     suppress_health_check=SLOW,
 )
