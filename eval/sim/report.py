@@ -11,13 +11,12 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from eval.bench.measure import write_result
 from eval.sim import campaign, figures, studies
-from eval.sim.campaign import RESULTS, Row, key_of, row_of
+from eval.sim.campaign import RESULTS, Row, key_of
 from eval.sim.scenario import Scenario
 from eval.sim.tables import Cells, cell_table, difference, grouped, mean, wide, worse
 from orbitflow_sglang.control.policies import RULES
@@ -81,10 +80,11 @@ def run_again(rows: Sequence[Row], count: int, seed: int) -> list[str]:
     ordered = sorted(rows, key=lambda row: key_of(row["scenario"]))
     sample = random.Random(seed).sample(ordered, min(count, len(ordered)))
     scenarios = [Scenario(**row["scenario"]) for row in sample]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        again = list(pool.map(row_of, scenarios))
+    again = campaign.run_all(scenarios, os.cpu_count() or 1)
+    fresh_of = {key_of(fresh["scenario"]): fresh for fresh in again}
     differing = []
-    for stored, fresh in zip(sample, again, strict=True):
+    for stored in sample:
+        fresh = fresh_of[key_of(stored["scenario"])]
         parts = [part for part in ("metrics", "rows_sha256") if stored[part] != fresh[part]]
         if parts:
             scenario = stored["scenario"]

@@ -190,6 +190,8 @@ class Controller:
         step = self.costs.compute_s(round(together), round(together * held))
         prefill = self.costs.prefill_s(round(self._average_prompt), 0)
         scene.mu = self._average_output * step / max(1e-9, prefill * together)
+        if not self.spec.has("admission"):
+            return
         served = [*scene.decoding, *scene.prefilling, *scene.waiting]
         paces = [view.slo.pace_s for view in served if not lost(view, scene)]
         strictest = min((pace for pace in paces if pace is not None), default=math.inf)
@@ -389,8 +391,7 @@ class Controller:
 
     def _mirror(self, scene: Scene, gone: Sequence[str]) -> tuple[str, ...]:
         """Who may be set aside next: copied to the host ahead, so that it costs nothing then."""
-        kept_out = any(view.rid not in self._granted for view in scene.waiting)
-        if self.spec.overflow != "pause" or not (kept_out or scene.paused):
+        if self.spec.overflow != "pause" or not (scene.paused or self._short(scene)):
             return ()
         able = self._pausable(scene, gone)
         if len(able) < 2:
@@ -402,6 +403,12 @@ class Controller:
         assert next_out is not None
         self._mirrored, self._mirror_steps = next_out.rid, 0
         return (self._mirrored,)
+
+    def _short(self, scene: Scene) -> bool:
+        """Whether memory, and not the pace of those that decode, keeps somebody waiting."""
+        waiting = (view for view in scene.waiting if view.rid not in self._granted)
+        needed = (scene.used + self._pages([view]) for view in waiting)
+        return any(pages <= scene.sustained or pages > scene.room for pages in needed)
 
     # --- prefill --------------------------------------------------------------
 

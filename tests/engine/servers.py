@@ -74,19 +74,25 @@ def run_python(
     )
 
 
-# What several files ask stock SGLang for, of one model: by whichever comes first, in one start.
-WANTED = (
-    Request("short", tuple(range(100, 130)), max_new_tokens=24),
-    Request("longer", tuple(range(1, 400)), max_new_tokens=24),
+_ASKED: dict[str, list[tuple[Request, ...]]] = {}
+
+
+def asked_of_stock(style: str, wanted: Sequence[Request]) -> tuple[Request, ...]:
+    """``wanted``, for which stock SGLang is asked in its one start for this model.
+
+    Called on import, so that it is known before the first test starts it.
+    """
+    _ASKED.setdefault(style, []).append(tuple(wanted))
+    return tuple(wanted)
+
+
+WANTED = asked_of_stock(
+    "llama",
+    (
+        Request("short", tuple(range(100, 130)), max_new_tokens=24),
+        Request("longer", tuple(range(1, 400)), max_new_tokens=24),
+    ),
 )
-CONTROLLED = mixed_requests(
-    96 if FULL else 16,
-    seed=11,
-    longest=1000,
-    max_new_tokens=48 if FULL else 32,
-    shared_fraction=0.4,
-)
-SHARED = {"llama": (WANTED, CONTROLLED, workload("llama"))}
 
 
 class Stock:
@@ -100,7 +106,7 @@ class Stock:
         if key not in self._known:
             args = stock_args(build(MODELS[style]), "--max-total-tokens", "65536")
             with Server(args) as server:
-                for each in dict.fromkeys([key[1], *map(tuple, SHARED.get(style, ()))]):
+                for each in dict.fromkeys([key[1], *_ASKED.get(style, ())]):
                     if (style, each) not in self._known:
                         self._known[style, each] = server.generate_many(each, CONCURRENCY)
                         server.flush_cache()

@@ -19,23 +19,33 @@ from typing import Any
 import pytest
 from servers import (
     CONCURRENCY,
-    CONTROLLED,
     FULL,
     MODELS,
     Stock,
+    asked_of_stock,
     assert_nothing_is_left,
     orbitflow_args,
     set_internal_state,
 )
 
 from eval.client import Client, Generation, Request
-from eval.identity import Comparison, compare
+from eval.identity import Comparison, compare, mixed_requests
 from eval.server import Server, stock_args
 from eval.tiny_model import build
 
 pytestmark = pytest.mark.engine
 
 STYLE = "llama"
+WORKLOAD = asked_of_stock(
+    STYLE,
+    mixed_requests(
+        96 if FULL else 16,
+        seed=11,
+        longest=1000,
+        max_new_tokens=48 if FULL else 32,
+        shared_fraction=0.4,
+    ),
+)
 ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
 NO_OVERLAP = ("--disable-overlap-schedule",)
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident"}
@@ -70,10 +80,9 @@ class Setting:
     mixed_steps: int = 0  # at least so many prefill steps that decoded too
 
 
+PACE = ("--orbitflow-tpot-slo-ms", "30")
 SETTINGS = (
-    Setting("alternating"),
-    Setting("sampled", NO_OVERLAP, sampled=True, pauses=2),
-    Setting("deposit", ("--orbitflow-tpot-slo-ms", "30"), deposit=True),
+    Setting("sampled", (*NO_OVERLAP, *PACE), sampled=True, pauses=2, deposit=True),
     Setting(
         "mixed",
         # No target that prompts could cost anybody: newcomers would wait, and not mix.
@@ -84,6 +93,8 @@ SETTINGS = (
 )
 if FULL:
     SETTINGS += (
+        Setting("alternating"),
+        Setting("deposit", PACE, deposit=True),
         Setting("paper", ("--orbitflow-policy", "paper")),
         Setting("swap", ("--orbitflow-policy", "swap+order")),
         Setting("slices", ("--orbitflow-policy", "time-sliced-swap"), deposit=True),
@@ -120,7 +131,7 @@ def sampled_by_stock() -> list[Generation]:
     """What unmodified SGLang answers without overlapped scheduling."""
     args = stock_args(build(MODELS[STYLE]), "--max-total-tokens", "65536", *NO_OVERLAP)
     with Server(args) as server:
-        return ask_all(server, Setting("stock", sampled=True), CONTROLLED)
+        return ask_all(server, Setting("stock", sampled=True), WORKLOAD)
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: setting.name)
@@ -137,13 +148,12 @@ def test_tokens_are_those_of_stock_sglang(
     request: pytest.FixtureRequest,
 ) -> None:
     setting, server = cell
-    wanted = CONTROLLED
     set_internal_state(server, "orbitflow_pause", setting.pauses)
-    found = ask_all(server, setting, wanted)
+    found = ask_all(server, setting, WORKLOAD)
     expected = (
         request.getfixturevalue("sampled_by_stock")
         if setting.sampled
-        else stock.answers(STYLE, wanted)
+        else stock.answers(STYLE, WORKLOAD)
     )
     result = compare(expected, found, ids_only=not setting.logprobs)
     identity_cells[f"control {setting.name}"] = result
@@ -153,7 +163,7 @@ def test_tokens_are_those_of_stock_sglang(
     (state,) = server.orbitflow()
     assert state is not None
     control = state["control"]
-    assert control["pauses"] == control["resumes"] >= len(wanted)
+    assert control["pauses"] == control["resumes"] >= len(WORKLOAD)
     assert state["tiered_steps"] > 0
     assert control["mixed_steps"] >= setting.mixed_steps, control["mixed_steps"]
     assert_nothing_is_left(server)

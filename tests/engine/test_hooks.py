@@ -65,7 +65,6 @@ GRAPHS = (
 )
 REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
-RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
 RETRACT = "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode"
 SCHEDULER = {

@@ -2,7 +2,7 @@
 
 Where host memory runs short too, SGLang retracts requests and computes them again.
 
-The model has 12 layers; sizes count all of them. The arena holds 256 tokens.
+Sizes count all 4 layers of the model. The arena holds 256 tokens.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from servers import Stock, assert_nothing_is_left, orbitflow_args
+from servers import Stock, asked_of_stock, assert_nothing_is_left, orbitflow_args
 
 from eval.client import Client, Request, RequestFailed, metric_sum
 from eval.identity import assert_identical, mixed_requests
 from eval.server import Server
 
+STYLE = "qwen2"
 ARENA_TOKENS = 256
-HOST_GB = 0.03  # with the arena about 2,600 tokens
+HOST_GB = 0.01  # with the arena about 2,600 tokens
 
 
 def prompts(count: int, tokens: int, new: int, seed: int) -> list[Request]:
@@ -29,22 +30,22 @@ def prompts(count: int, tokens: int, new: int, seed: int) -> list[Request]:
 LONG = prompts(1, 8 * ARENA_TOKENS, 24, seed=11)
 WIDE = prompts(8, 4 * ARENA_TOKENS // 8, 48, seed=12)
 GROWING = prompts(8, 256, 112, seed=15)  # 2,048 tokens of prompts, 2,944 in the end
-ALL = [*LONG, *WIDE, *GROWING]
+ALL = asked_of_stock(STYLE, [*LONG, *WIDE, *GROWING])
 
 
 @pytest.fixture(scope="module")
 def server(stock: Stock) -> Iterator[Client]:
-    stock.answers("qwen3", ALL)
+    stock.answers(STYLE, ALL)
     args = ["--orbitflow-arena-tokens", str(ARENA_TOKENS), "--page-size", "16"]
     args += ["--orbitflow-host-memory-gb", str(HOST_GB), "--orbitflow-policy", "static:1"]
     # SGLang then admits requests whose full outputs do not fit together.
     args += ["--schedule-conservativeness", "0.05"]
-    with Server(orbitflow_args("qwen3", *args)) as running:
+    with Server(orbitflow_args(STYLE, *args)) as running:
         yield running
 
 
 def test_one_request_of_eight_arenas_completes(server: Client, stock: Stock) -> None:
-    expected = stock.answers("qwen3", ALL)[:1]
+    expected = stock.answers(STYLE, ALL)[:1]
     assert_identical(expected, server.generate_many(LONG, 1))
     assert_nothing_is_left(server)
 
@@ -53,7 +54,7 @@ def test_a_batch_of_four_arenas_decodes_together(server: Client, stock: Stock) -
     before = decode_batch_sizes(server)
     answers = server.generate_many(WIDE, len(WIDE))
     steps = {size: n - before.get(size, 0) for size, n in decode_batch_sizes(server).items()}
-    assert_identical(stock.answers("qwen3", ALL)[1:9], answers)
+    assert_identical(stock.answers(STYLE, ALL)[1:9], answers)
     # One after another would be 8 x 47 steps of one request each.
     assert steps[len(WIDE)] >= 40, steps
     assert sum(steps.values()) < 2 * 48, steps
@@ -69,7 +70,7 @@ def test_retracted_requests_end_with_their_tokens(server: Client, stock: Stock) 
             time.sleep(0.02)
         second = pool.submit(server.generate_many, GROWING[6:], 2, ignore_eos=False)
         answers = first.result() + second.result()
-    assert_identical(stock.answers("qwen3", ALL)[9:], answers)
+    assert_identical(stock.answers(STYLE, ALL)[9:], answers)
     assert metric_sum(server.metrics(), "sglang:num_retracted_requests_total") > 0
     assert_nothing_is_left(server)
 
@@ -83,7 +84,7 @@ def test_a_prompt_that_fits_nowhere_is_refused_while_others_go_on(
         with pytest.raises(RequestFailed, match="3000") as refusal:
             server.generate(too_long.input_ids, 4)
         assert refusal.value.status == 400
-        assert_identical(stock.answers("qwen3", ALL)[1:9], others.result())
+        assert_identical(stock.answers(STYLE, ALL)[1:9], others.result())
     assert_nothing_is_left(server)
 
 

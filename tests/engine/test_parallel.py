@@ -14,6 +14,7 @@ import pytest
 from servers import (
     FULL,
     Stock,
+    asked_of_stock,
     assert_nothing_is_left,
     in_full_only,
     orbitflow_args,
@@ -25,7 +26,7 @@ from eval.client import Client, Generation, Request
 from eval.identity import Comparison, compare, mixed_requests
 from eval.server import Server
 
-pytestmark = [pytest.mark.engine, in_full_only]
+pytestmark = pytest.mark.engine
 
 STYLE = "llama"
 ARENA = (
@@ -36,13 +37,16 @@ ARENA = (
 ENV = {"ORBITFLOW_TEST_CONTROL": "resident", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 COMPARED_EVERY_S = 0.5
 SLOW_MB_PER_S = 20
-WORKLOAD = mixed_requests(
-    64 if FULL else 16,
-    seed=21,
-    longest=1800,
-    max_new_tokens=48 if FULL else 32,
-    shortest=100,
-    shared_fraction=0.3,
+WORKLOAD = asked_of_stock(
+    STYLE,
+    mixed_requests(
+        64 if FULL else 16,
+        seed=21,
+        longest=1800,
+        max_new_tokens=48 if FULL else 32,
+        shortest=100,
+        shared_fraction=0.3,
+    ),
 )
 
 
@@ -94,6 +98,13 @@ def test_replicas_answer_as_stock_sglang(
     for state in states(replicas):  # each of them has served
         assert state["control"]["pauses"] == state["control"]["resumes"] > 0
         assert state["tiered_steps"] > 0
+    assert_nothing_is_left(replicas)
+
+
+@in_full_only
+def test_replicas_lose_nothing_of_requests_given_up(
+    replicas: Server, expected: list[Generation], identity_cells: dict[str, Comparison]
+) -> None:
     set_internal_state(replicas, "orbitflow_pause", 0)
     outcome = run_with_aborts(replicas, WORKLOAD)
     result = compare(expected, outcome.generations, cut_short=outcome.aborted)
@@ -160,7 +171,7 @@ def test_a_group_shares_the_memory_of_the_host(group: Server) -> None:
     assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
 
 
-@pytest.mark.parametrize("pauses", [0, 2])
+@pytest.mark.parametrize("pauses", [pytest.param(0, marks=in_full_only), 2])
 def test_a_group_answers_as_stock_sglang_and_keeps_its_pages_in_the_same_places(
     group: Server, expected: list[Generation], identity_cells: dict[str, Comparison], pauses: int
 ) -> None:

@@ -308,6 +308,26 @@ def test_a_newcomer_waits_where_prompts_would_cost_who_decodes_the_pace(
     assert bool(decision.admit) is enters
 
 
+@pytest.mark.parametrize("requests_of_room, copied", [(100, False), (2.5, True)])
+def test_pages_are_copied_ahead_where_memory_keeps_newcomers_out(
+    requests_of_room: float, copied: bool
+) -> None:
+    """And not where those that decode would lose their pace: nobody has to leave for that."""
+    machine = replace(MACHINE, main_pages=int(requests_of_room * 9 * MACHINE.layers))
+    controller = Controller(find_policy("orbitflow:no-streaming"), machine,
+                            ConstantCosts(prefill_token_s=1e-3), None)  # fmt: skip
+    ended = RequestView("ended", 0.0, SLO(), 128, 8, phase="decode", tokens=136)
+    ended.times.add(1.0, 8)
+    controller.finished(ended)
+    views = [RequestView(f"r{number}", 1.1, SLO(tpot_s=0.04), 128, 40) for number in range(5)]
+    for view in views[:2]:
+        view.phase, view.tokens = "decode", 129
+        view.times.add(1.1, 1)
+    decision = controller.decide(Observation(1.1, views, list))
+    assert not decision.admit and not decision.pause
+    assert bool(decision.mirror) is copied
+
+
 # --- chunks -----------------------------------------------------------------------
 
 

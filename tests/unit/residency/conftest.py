@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ settings.register_profile(
     "residency",
     derandomize=True,
     deadline=None,
-    max_examples=300,
+    max_examples=300 if os.environ.get("ORBITFLOW_TEST_FULL") == "1" else 150,
     stateful_step_count=40,
     suppress_health_check=SLOW,
 )

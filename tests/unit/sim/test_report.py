@@ -100,7 +100,7 @@ def test_a_campaign_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
         ran.extend(missing)
         return [campaign.row_of(scenario) for scenario in missing]
 
-    monkeypatch.setattr(campaign, "_run_all", counted)
+    monkeypatch.setattr(campaign, "run_all", counted)
     both = campaign.finish("s", scenarios, tmp_path, workers=1)
     assert ran == scenarios[1:]
     assert both[0] == first[0]
