@@ -22,7 +22,7 @@ DRAINS_KEPT = 64
 class Scenario:
     """What a run depends on, and nothing else: equal scenarios have equal results.
 
-    Either ``trace`` or ``mix`` says who comes. ``load`` (a multiple of what `queue` drains),
+    Either ``trace`` or ``mix`` says who comes. ``load`` (a multiple of what SGLang alone drains),
     ``rate`` (requests a second) or ``speed`` (a divisor of arrival times) says when; with none,
     as the trace has it.
     """
@@ -195,7 +195,8 @@ def _promised(scenario: Scenario, trace: Sequence[TraceRequest]) -> list[TraceRe
 
 @lru_cache(DRAINS_KEPT)
 def drained(scenario: Scenario) -> float:
-    """Load 1: requests a second at which `queue` drains the whole trace offered at time 0."""
+    """Load 1: requests a second at which SGLang's own admission, told the output lengths, drains
+    the whole trace offered at time 0."""
     trace, _ = _requests(scenario)
     simulation = Simulation(scenario.setup, scenario.policy, at_once(trace))
     simulation.run()
@@ -206,7 +207,7 @@ def unloaded(scenario: Scenario) -> Scenario:
     """What load 1 depends on: workload and machine, not policy, load or SLOs."""
     return Scenario(
         profile=scenario.profile,
-        policy="queue",
+        policy="retract",
         seed=scenario.seed,
         trace=scenario.trace,
         mix=scenario.mix,

@@ -8,7 +8,7 @@ planner place what decodes. While everything fits and nobody waits it says nothi
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -57,7 +57,6 @@ class Controller:
         self.costs = costs
         self.planning = Planning(machine, spec.mode, worker)
         self.reasons: deque[str] = deque(maxlen=REMEMBERED_REASONS)
-        self.counts: Counter[str] = Counter()
         self.hidden_pages = 0.0  # h as last computed
         self.budget_pages = 0  # S_max as last computed
         self.streamed_pages = 0  # of the plan in force
@@ -171,6 +170,14 @@ class Controller:
             scene.shared = [unit for unit in obs.units() if len(unit.users) > 1]
         self._returning = {v.rid: None for v in scene.paused if v.rid in self._returning}
         scene.used = self._used(scene, self._active(scene))
+        scene.used += self._reserved([*scene.decoding, *scene.prefilling])
+
+    def _reserved(self, views: Iterable[RequestView]) -> int:
+        """Pages kept for all that these may still say, where nobody ever gives up KV."""
+        if self.spec.overflow != "queue":
+            return 0
+        to_come = (max(0, view.max_new_tokens - view.generated) for view in views)
+        return sum(tokens // self.machine.page_size for tokens in to_come) * self.machine.layers
 
     def _active(self, scene: Scene) -> list[RequestView]:
         back = [view for view in scene.paused if view.rid in self._returning]
@@ -248,7 +255,6 @@ class Controller:
 
     def _set_aside(self, scene: Scene, gone: Sequence[str], victim: Candidate, why: str) -> None:
         scene.used = self._used(scene, [v for v in self._active(scene) if v.rid not in gone])
-        self.counts["pauses"] += 1
         scene.reasons.append(f"pause {victim.rid}: {why}; ahead by {victim.deposit_s:.3f} s")
 
     def _wanting(self, scene: Scene) -> list[Candidacy]:
@@ -259,7 +265,7 @@ class Controller:
             slack = 0.0
             if looked_at:
                 slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
-            pages = self._pages([view])
+            pages = self._pages([view]) + self._reserved([view])
             wanting.append(
                 Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, False)
             )
@@ -322,10 +328,6 @@ class Controller:
         if running == 0:
             return True  # alone it decodes whatever its size
         wanted = wants.pages
-        if self.spec.overflow == "queue" and not wants.paused:
-            view = next(v for v in scene.waiting if v.rid == wants.rid)
-            size, layers = self.machine.page_size, self.machine.layers
-            wanted += view.max_new_tokens // size * layers
         if wants.paused:
             wanted += self.machine.layers * running  # so that it is not set aside again at once
         return rules.fits(scene.used, wanted, scene.room)
@@ -376,7 +378,6 @@ class Controller:
                 resume.append(view.rid)
                 self._returning.pop(view.rid)
                 self._resumed_at[view.rid] = view.generated
-                self.counts["resumes"] += 1
                 scene.reasons.append(f"resume {view.rid}: {view.missing_pages} pages to come")
                 budget -= view.missing_pages
                 alone = False
@@ -469,6 +470,5 @@ class Controller:
         room = max(0, self.machine.max_paused - len(scene.paused) - len(gone))
         set_aside = tuple(unit.id for unit in plan.units if unit.paused and unit.id in able)[:room]
         if set_aside:
-            self.counts["pauses"] += len(set_aside)
             scene.reasons.append(f"pause {', '.join(set_aside)}: by the plan")
         return dict(placement_of(plan)), set_aside

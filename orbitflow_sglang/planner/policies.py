@@ -15,10 +15,6 @@ from numpy.typing import NDArray
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
-POLICY_HELP = (
-    "How layers are placed: resident (nothing leaves the device), static:d (every "
-    "(d+1)-th layer of every request on the host), all-host, random:SEED. Default: resident."
-)
 RANDOM_PERIOD = 4  # steps that a placement of ``random`` stays in force
 
 
