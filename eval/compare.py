@@ -13,6 +13,7 @@ import orjson
 from eval.bootstrap import paired_difference
 
 PER_REQUEST = ("good", "strict")
+TRACE = ("arrival_s", "input_tokens", "output_tokens")  # what makes two requests the same
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +37,7 @@ def compared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
     Raises ``ValueError`` where the two did not serve the same requests.
     """
+    _check_same_trace(one, other)
     scenarios = one["scenario"], other["scenario"]
     changed = [name for name in scenarios[0] if scenarios[0][name] != scenarios[1].get(name)]
     lines = [f"{name:36} {scenarios[0][name]!s:>16} {scenarios[1].get(name)!s:>16}"
@@ -55,6 +57,16 @@ def compared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
             f"requests {100 * paired.low:+.1f} to {100 * paired.high:+.1f}"
         )
     return lines
+
+
+def _check_same_trace(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Ids alone say nothing: they are the same in every trace."""
+    first, second = ({row["rid"]: row for row in run["rows"]} for run in (one, other))
+    for rid in first.keys() & second.keys():
+        if changed := [name for name in TRACE if first[rid][name] != second[rid][name]]:
+            raise ValueError(
+                f"the two did not serve the same trace: {rid} differs in {', '.join(changed)}"
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ unless said otherwise: what it costs to stream is taken from the model's two cor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -171,6 +172,23 @@ def threads_env(threads: int | None) -> dict[str, str]:
 
 
 # --- what is recorded with the numbers -----------------------------------------
+
+
+def hash_of_files(patterns: Iterable[str], without: Collection[Path] = ()) -> str:
+    """Names the code that results depend on: files of the repository, their paths and contents."""
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        files = (path for path in ROOT.glob(pattern) if path.is_file() and path not in without)
+        for path in sorted(files):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all: a campaign is stopped at any moment."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def write_result(path: Path, argv: Sequence[str], result: dict[str, Any]) -> None:

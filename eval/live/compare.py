@@ -4,8 +4,9 @@ For every repeat, load and contestant a server is started, warmed up, given the 
 of requests as all the others, and stopped; one is alive at a time, in an order drawn anew for
 each repeat. What each client saw is stored request by request, and summarised with intervals
 over requests and differences paired by request. A campaign takes hours and can be stopped at
-any time: --resume goes on where it was. Two cores must be left alone meanwhile; a run in which
-others used more than 0.2 of them says so, and --redo-disturbed 0.2 repeats it.
+any time: --resume goes on where it was, unless what decides has changed. Two cores must be left
+alone meanwhile; a run in which others used more than 0.2 of them says so, and --redo-disturbed
+0.2 repeats it.
 
 Load 1 is the rate at which `queue` (no offload) drains the whole trace offered at time 0;
 a repeat has a trace and prompts of its own, the load is that of the first one's drain.
@@ -46,7 +47,7 @@ from typing import Any
 import requests
 import torch
 
-from eval.bench.measure import QUICK_RESULTS, ROOT, write_result
+from eval.bench.measure import QUICK_RESULTS, ROOT, hash_of_files, write_result
 from eval.client import Client, RequestFailed
 from eval.live import contestants, summary
 from eval.live.calibrate import Calibration, calibrate, warm_up
@@ -59,7 +60,16 @@ from eval.server import ServerFailed
 from eval.workload.requests import TraceRequest, at_rate, with_slo
 
 RESULTS = ROOT / "eval" / "results" / "cpu-live"
-ON_GPU = ("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow", "orbitflow@paced")
+ON_GPU = (
+    *("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow"),
+    *("time-sliced-swap@paced", "orbitflow@paced"),
+)
+DECISIVE = (  # what runs depend on
+    *("orbitflow_sglang/**/*.py", "kernels/*.cu", "patches/**/*.patch", "eval/live/*.py"),
+    *("eval/bench/measure.py", "eval/client.py", "eval/server.py", "eval/tiny_model.py"),
+    "eval/workload/requests.py",
+)
+AROUND = {ROOT / "eval" / "live" / "summary.py"}  # but not this
 # Long enough that decoding, not prefill, fills the time of a GPU too.
 GPU_MIX = Mix((320, 1280), (2560, 7680), (160, 480), (800, 1920))
 FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
@@ -236,6 +246,7 @@ def _write_summary(
 def _settings(options: argparse.Namespace, setup: Setup, mix: Mix) -> dict[str, Any]:
     """What must be the same in every cell of a folder."""
     return {
+        "code": hash_of_files(DECISIVE, AROUND),
         "setup": setup.as_dict(),
         "mix": vars(mix),
         "requests": options.requests,

@@ -4,7 +4,7 @@
     stock-torch-native    SGLang as it is, on the CPU with its own attention backend, which
                           needs --real-compute
     stock-eager           SGLang on a GPU without CUDA graphs and overlap, as OrbitFlow runs there
-    hicache               SGLang on a GPU with its hierarchical cache
+    hicache               SGLang on a GPU with its hierarchical cache, in as much host memory
     POLICY[:no-RULE...]   OrbitFlow with that policy: retract, swap+order, static:2, orbitflow
     POLICY...@paced       the same, its requests asking for paced delivery
 
@@ -26,6 +26,7 @@ from eval.tiny_model import TinyModel, build
 from orbitflow_sglang.control.policies import find_policy
 
 NATIVE = "stock-torch-native"
+HICACHE = "hicache"
 # Flags of those that are no policy, by device.
 EAGER = (
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
@@ -39,14 +40,16 @@ STOCK: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
         "stock": ("--attention-backend", "flashinfer"),
         "stock-eager": ("--attention-backend", "flashinfer", *EAGER),
-        "hicache": ("--attention-backend", "flashinfer", "--enable-hierarchical-cache"),
+        HICACHE: ("--attention-backend", "flashinfer", "--enable-hierarchical-cache"),
     },
 }
 OURS = {"cpu": "orbitflow_torch", "cuda": "orbitflow_flashinfer"}
 PACED = "@paced"
 DEFAULT = (
-    *("stock", "retract", "retract+order", "swap+order", "time-sliced-swap", "paper"),
+    *("stock", "retract", "retract+order", "swap+order", "paper"),
     *("static:1", "static:2", "static:3", "orbitflow"),
+    # Among unpaced requests it takes no turns.
+    *("time-sliced-swap@paced", "orbitflow@paced"),
 )
 KV_BYTES = {"cpu": 4, "cuda": 2}  # float32, bfloat16
 # Of the shape of an 8B model, with a smaller MLP; its weights are made up by the server.
@@ -82,7 +85,10 @@ class Setup:
         return self.arena_tokens * token
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"server_args": list(self.server_args)}
+        return asdict(self) | {
+            "model": asdict(self.model),
+            "server_args": list(self.server_args),
+        }
 
 
 # A capped KV budget: on a whole card little would be hidden behind compute (``docs/gpu.md``).
@@ -97,11 +103,18 @@ def check(name: str, setup: Setup) -> None:
     stock = STOCK[setup.device]
     if name == NATIVE and setup.compute_ms is not None:
         raise ValueError(f"the compute of {name} cannot be emulated: give --real-compute")
+    if name == HICACHE and name in stock and not _hicache_gb(setup):
+        raise ValueError(f"{name} takes whole GB: give --host-memory-gb a whole number, at least 1")
     if name in stock:
         return
     if name.startswith(("stock", "hicache")):
         raise ValueError(f"unknown contestant {name!r}: there are {', '.join(stock)} and policies")
     find_policy(name.removesuffix(PACED))
+
+
+def _hicache_gb(setup: Setup) -> int:
+    """As much host memory as ours gets, 10^9 bytes in both; 0: not to be had."""
+    return int(setup.host_memory_gb) if setup.host_memory_gb.is_integer() else 0
 
 
 def is_paced(name: str) -> bool:
@@ -120,6 +133,8 @@ def flags(name: str, setup: Setup) -> list[str]:
     ]
     if name in STOCK[setup.device]:
         own = ["--max-total-tokens", arena]
+        if name == HICACHE:  # by itself it would take twice the arena
+            own += ["--hicache-size", str(_hicache_gb(setup))]
     else:
         own = [
             *("--enable-orbitflow", "--orbitflow-policy", name.removesuffix(PACED)),

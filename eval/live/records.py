@@ -12,13 +12,13 @@ import gzip
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from eval.bench.measure import write_whole
 from eval.live.replay import Answer
 from eval.metrics import Generated, Served
 from orbitflow_sglang.slo import SLO
@@ -82,7 +82,7 @@ class Results:
     def calibrated(self, calibration: Mapping[str, Any]) -> None:
         """Keeps the calibration for this campaign and those that resume it."""
         self.calibration = dict(calibration)
-        _replace(self._settings, _json(self.settings | {"calibration": self.calibration}))
+        write_whole(self._settings, _json(self.settings | {"calibration": self.calibration}))
 
     def add(self, cell: Cell, answers: Sequence[Answer], run: Mapping[str, Any]) -> int:
         """Stores a finished cell; returns how many requests got other ids than before."""
@@ -91,9 +91,9 @@ class Results:
         self.rows += rows
         self.runs.append(_cell_fields(cell) | {"mismatches": mismatches} | dict(run))
         lines = (json.dumps(row, separators=(",", ":")) for row in self.rows)
-        _replace(self._references, gzip.compress(_json(self.references), mtime=0))
-        _replace(self._requests, gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
-        _replace(self._runs, b"".join(json.dumps(one).encode() + b"\n" for one in self.runs))
+        write_whole(self._references, gzip.compress(_json(self.references), mtime=0))
+        write_whole(self._requests, gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
+        write_whole(self._runs, b"".join(json.dumps(one).encode() + b"\n" for one in self.runs))
         return mismatches
 
     def _row(self, cell: Cell, answer: Answer) -> Row:
@@ -110,15 +110,13 @@ class Results:
             return
         stored = json.loads(self._settings.read_text(encoding="utf-8"))
         calibration = stored.pop("calibration", None)
-        differing = sorted(
-            key
-            for key in stored.keys() | self.settings.keys()
-            if stored.get(key) != self.settings.get(key)
-        )
+        differing = sorted(_differing(stored, self.settings))
         if not differing:
             self.calibration = calibration
         elif self._runs.exists():
-            raise CannotResume(f"{self.folder} was measured with other {', '.join(differing)}")
+            raise CannotResume(
+                f"{self.folder} was measured with other {', '.join(differing)}: give another --out"
+            )
 
     def _read_runs(self) -> list[Row]:
         if not self._runs.exists():
@@ -138,6 +136,16 @@ class Results:
             gzip.decompress(self._references.read_bytes())
         )
         return references
+
+
+def _differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Names of settings that are not the same, inner ones as in ``setup.model.heads``."""
+    for key in stored.keys() | given.keys():
+        ours, theirs = stored.get(key), given.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from (f"{key}.{inner}" for inner in _differing(ours, theirs))
+        elif ours != theirs:
+            yield key
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
@@ -199,10 +207,3 @@ def _cell_fields(cell: Cell) -> Row:
 
 def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Whole or not at all: a campaign is stopped at any moment."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -1,8 +1,8 @@
 """``python -m eval.sim.against_live``: the simulator beside real servers, on the same traces.
 
-Takes the runs of ``eval/results/cpu-live``: their calibration, the cost profiles that their
-servers measured, and the requests as each contestant got them; simulates each run, and says by
-how much step times and good requests differ.
+Takes the runs of ``eval/results/cpu-live``, or of --results FOLDER: their calibration, the cost
+profiles that their servers measured, and the requests as each contestant got them; simulates
+each run, and says by how much step times and good requests differ.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="of eval-live (%(default)s)")
     options = parser.parse_args(argv)
-    if not (options.results / "settings.json").exists():
-        print(f"{options.results} has no runs: make eval-live", file=sys.stderr)
+    if not (options.results / "runs.jsonl").exists():
+        print(
+            f"{options.results} has no runs: make eval-live, or give --results FOLDER",
+            file=sys.stderr,
+        )
         return 1
     print("\n".join(compared(options.results)))
     return 0

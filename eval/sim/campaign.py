@@ -1,7 +1,8 @@
 """``make eval-full``: every run of the evaluation, kept as it comes.
 
 It takes hours and can be stopped at any time: a run is done again only when its scenario, or
-code that its result depends on, has changed. Finished studies are written compressed.
+code that its result depends on, has changed. With --seeds or --skip the other runs of a study
+stay as they are, made by whatever code. Finished studies are written compressed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from typing import Any
 
 import orjson
 
-from eval.bench.measure import QUICK_RESULTS, ROOT, write_result
+from eval.bench.measure import (
+    QUICK_RESULTS,
+    ROOT,
+    hash_of_files,
+    write_result,
+    write_whole,
+)
 from eval.sim import studies
 from eval.sim.scenario import Scenario, drained, run, unloaded
 
@@ -31,19 +38,17 @@ DECISIVE = (  # what results depend on
     *("orbitflow_sglang/control/*.py", "orbitflow_sglang/planner/*.py", "orbitflow_sglang/slo.py"),
     *("eval/sim/*", "eval/metrics.py", "eval/workload/*.py", "eval/traces/*.gz"),
 )
-AROUND = {"against_live", "campaign", "figures", "report", "studies", "tables"}  # of eval/sim: not
+AROUND = {  # but not these
+    ROOT / "eval" / "sim" / f"{name}.py"
+    for name in ("against_live", "campaign", "figures", "report", "studies", "tables")
+}
 Row = dict[str, Any]
 
 
 @cache
 def code_hash() -> str:
     """Of all files that a result depends on."""
-    digest = hashlib.sha256()
-    for pattern in DECISIVE:
-        files = (path for path in ROOT.glob(pattern) if path.is_file() and path.stem not in AROUND)
-        for path in sorted(files):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return hash_of_files(DECISIVE, AROUND)
 
 
 def key_of(scenario: dict[str, Any]) -> str:
@@ -71,7 +76,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """The runs, sorted by scenario; equal runs make equal files."""
     lines = sorted(orjson.dumps(row, option=orjson.OPT_SORT_KEYS) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
+    write_whole(path, gzip.compress(b"\n".join(lines) + b"\n", mtime=0))
 
 
 def finish(
@@ -81,16 +86,17 @@ def finish(
     workers: int,
     now: Sequence[Scenario] | None = None,
 ) -> list[Row]:
-    """The runs of a study: those there are, and the rest, or those of it to be done ``now``."""
+    """The runs of a study: those there are, and the rest, or those of it to be done ``now``.
+
+    What earlier code made is done again, or stays where it is not asked for now.
+    """
     part, whole = UNFINISHED / f"{study}.jsonl", folder / f"{study}.jsonl.gz"
-    known = {
-        key_of(row["scenario"]): row
-        for row in (*read(whole), *read(part))
-        if row["code"] == code_hash()
-    }
+    stored = sorted((*read(whole), *read(part)), key=_is_current)  # where there are two, current
+    known = {key_of(row["scenario"]): row for row in stored}
+    done = {key for key, row in known.items() if _is_current(row)}
     every = [key_of(scenario.as_dict()) for scenario in scenarios]
     asked = scenarios if now is None else now
-    missing = [scenario for scenario in asked if key_of(scenario.as_dict()) not in known]
+    missing = [scenario for scenario in asked if key_of(scenario.as_dict()) not in done]
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as file:
         for row in _progress(study, run_all(missing, workers), len(missing)):
@@ -101,6 +107,10 @@ def finish(
     write(whole, found)
     part.unlink()
     return found
+
+
+def _is_current(row: Row) -> bool:
+    return bool(row["code"] == code_hash())
 
 
 def first_seeds(scenarios: Iterable[Scenario], count: int | None) -> list[Scenario]:

@@ -1,4 +1,8 @@
-"""Figures of the simulated evaluation, readable in grey: PNG for pages, SVG for print."""
+"""Figures of the simulated evaluation, readable in grey: PNG for pages, SVG for print.
+
+``good_by_load`` and ``crossover`` show the committed runs. ``tbt_cdf`` and ``residency`` need more
+than is kept of those: each is drawn from ``CDF``, simulated afresh by the code as it is.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +30,16 @@ SHOWN = ("orbitflow@paced", "orbitflow", "time-sliced-swap@paced", "swap+order",
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 MARKS = "osD^v<>"
 LABELS = {"retract": "stock SGLang (retract)", "paper": "the paper's rule (paper)"}
+Grids = dict[str, dict[tuple[float, float], float]]  # title; SLO scale, link; points
 CDF = Scenario("a5000-8b", "", mix="MIX", load=1.2, seed=101)
 
 
 def draw(found: Mapping[str, Sequence[Row]], folder: Path) -> None:
-    """Every figure that these runs have data for."""
+    """Every figure that these runs have data for, and those that need none of them."""
     if found["mixes"]:
         _save(load_figure(found["mixes"]), folder / "good_by_load")
-    if found["crossover"]:
-        _save(crossover_figure(found["crossover"]), folder / "crossover")
+    if ahead := _ahead(found["crossover"]):
+        _save(crossover_figure(ahead), folder / "crossover")
     _save(tbt_figure(), folder / "tbt_cdf")
     _save(residency_figure(), folder / "residency")
 
@@ -65,7 +70,7 @@ def load_figure(rows: Sequence[Row]) -> Figure:
 
 
 def tbt_figure() -> Figure:
-    """Gaps between two tokens as they left the scheduler, over the target."""
+    """Gaps between two tokens as they were delivered, over the target: a fresh simulation."""
     figure = Figure(figsize=(4.5, 3.2), layout="constrained")
     panel = figure.subplots()
     for name, line, _ in _styles():
@@ -76,7 +81,7 @@ def tbt_figure() -> Figure:
         )
         share = np.arange(1, len(gaps) + 1) / len(gaps)
         panel.plot(gaps, 1 - share, linestyle=line, color="black", label=LABELS.get(name, name))
-    panel.set(xscale="log", yscale="log", xlabel="gap between two tokens / TPOT target",
+    panel.set(xscale="log", yscale="log", xlabel="gap between two tokens delivered / TPOT target",
               ylabel="share of gaps that are longer", ylim=(1e-4, 1), xlim=(0.3, 1e3))  # fmt: skip
     panel.axvline(1.0, color="grey", linewidth=0.8)
     panel.set_title(f"{CDF.mix} at load {CDF.load:g} on {CDF.profile}", fontsize=9)
@@ -101,7 +106,8 @@ class _Watched(Simulation):
 
 
 def residency_figure() -> Figure:
-    """The share of the decoding requests' KV that is on the host, by layer and time."""
+    """The share of the decoding requests' KV that is on the host, by layer and time: a fresh
+    simulation."""
     simulation = simulation_of(method(CDF, "orbitflow"), kind=_Watched)
     assert isinstance(simulation, _Watched)
     simulation.run()
@@ -124,31 +130,45 @@ def residency_figure() -> Figure:
     return figure
 
 
-def crossover_figure(rows: Sequence[Row]) -> Figure:
-    """What ours is ahead of the best other method that knows no lengths, by link and SLO."""
-    links = sorted({row["scenario"]["link_gb_per_s"] for row in rows} - {None})
-    scales = sorted({row["scenario"]["slo_scale"] for row in rows
-                     if row["scenario"]["link_gb_per_s"] is not None})  # fmt: skip
+def _ahead(rows: Sequence[Row]) -> Grids:
+    """By title, what ours is ahead of the best of some others, in points, by SLO and link.
+
+    Without those of which there are no runs.
+    """
     panels = (
         ("over stock SGLang", ("retract",)),
         ("over the best of swap and slices", ("swap+order", "time-sliced-swap@paced")),
         ("streaming's share", ("orbitflow:no-streaming@paced",)),
     )
-    figure = Figure(figsize=(10, 2.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for panel, (title, others) in zip(axes, panels, strict=True):
+    found: Grids = {}
+    for methods in grouped(rows).values():
+        scenario = next(iter(next(iter(methods.values())).values()))["scenario"]
+        if scenario["link_gb_per_s"] is None:
+            continue
+        where = scenario["slo_scale"], scenario["link_gb_per_s"]
+        for title, others in panels:
+            if {"orbitflow@paced", *others} <= methods.keys():
+                found.setdefault(title, {})[where] = 100 * min(
+                    difference(methods["orbitflow@paced"], methods[other], "good_requests").mean
+                    for other in others
+                )
+    return found
+
+
+def crossover_figure(ahead: Grids) -> Figure:
+    """What ours is ahead of other methods that know no lengths, a panel for each title."""
+    scales, links = (sorted({at[axis] for grid in ahead.values() for at in grid})
+                     for axis in (0, 1))  # fmt: skip
+    figure = Figure(figsize=(10 / 3 * len(ahead), 2.9), layout="constrained")
+    axes: Sequence[Axes] = np.atleast_1d(figure.subplots(1, len(ahead), sharey=True))
+    for panel, (title, grid) in zip(axes, ahead.items(), strict=True):
         image = np.full((len(scales), len(links)), np.nan)
-        for methods in grouped(rows).values():
-            scenario = next(iter(methods["orbitflow@paced"].values()))["scenario"]
-            if scenario["link_gb_per_s"] is None:
-                continue
-            where = scales.index(scenario["slo_scale"]), links.index(scenario["link_gb_per_s"])
-            image[where] = 100 * min(
-                difference(methods["orbitflow@paced"], methods[other], "good_requests").mean
-                for other in others
-            )
+        for (scale, link), value in grid.items():
+            image[scales.index(scale), links.index(link)] = value
         shown = panel.imshow(image, aspect="auto", origin="lower", cmap="Greys", vmin=0)
         for (row, column), value in np.ndenumerate(image):
+            if np.isnan(value):
+                continue
             dark = value > 0.6 * np.nanmax(image)
             panel.text(column, row, f"{value:+.0f}", ha="center", va="center",
                        color="white" if dark else "black")  # fmt: skip

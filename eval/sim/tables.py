@@ -15,6 +15,7 @@ from eval.sim.studies import method_name
 
 Row = Mapping[str, Any]
 CONFIDENCE = 0.95
+NONE = "–"
 NOT_WORSE = -0.01  # lower bound of a paired difference that still counts as as good
 Column = tuple[str, str, float, str]  # title, metric, factor, format
 COLUMNS: Sequence[Column] = (
@@ -46,7 +47,9 @@ class Difference:
         return self.mean - self.half
 
     def text(self, factor: float = 100) -> str:
-        """In points, with what is inside the interval marked as a tie."""
+        """In points, with what is inside the interval marked as a tie; without seeds nothing."""
+        if not self.seeds:
+            return NONE
         tie = " tie" if abs(self.mean) <= self.half else ""
         return f"{factor * self.mean:+.1f} ± {factor * self.half:.1f}{tie}"
 
@@ -115,7 +118,7 @@ def cell_table(
     head = ["method", *(title for title, *_ in columns), f"`{baseline}` minus, good"]
     lines = [_cells(head), _cells(["---", *["---:"] * (len(head) - 1)])]
     for name in sorted(methods, key=lambda one: (-mean(methods[one], "good_requests"), one)):
-        values = [_number(mean(methods[name], metric), factor, form)
+        values = [number(mean(methods[name], metric), factor, form)
                   for _, metric, factor, form in columns]  # fmt: skip
         if name == baseline or baseline not in methods:
             values.append("")
@@ -156,5 +159,5 @@ def _cells(values: Iterable[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _number(value: float, factor: float, form: str) -> str:
-    return "–" if math.isnan(value) else format(value * factor, form)
+def number(value: float, factor: float, form: str) -> str:
+    return NONE if math.isnan(value) else format(value * factor, form)

@@ -156,6 +156,7 @@ def check_last(server_args: Any, previous: Callable[[Any], None]) -> None:
     assert config is not None
     layers = model_config_of(server_args).num_attention_layers
     sizing.check_sizes(config, layers, view.page_size, sizing.free_host_bytes())
+    check_order(view, config)
     if config.profile is not None:
         profile_files.read_given(config.profile, layers)
     if _device(view) == "cuda":
@@ -210,6 +211,21 @@ def check_arguments(view: Any) -> None:
     for variable in ("SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE"):
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t"):
             raise _refusal(variable, _PROCESS if "RUST" in variable else _BUFFERS)
+
+
+def check_order(view: Any, config: OrbitFlowConfig) -> None:
+    """Raise ``ConfigError`` where SGLang would sort who waits behind our back."""
+    if not config.policy_spec.has("ordering"):
+        return
+    for field, accepted in (("schedule_policy", "fcfs"), ("enable_priority_scheduling", False)):
+        value = getattr(view, field)
+        if value != accepted:
+            given = "" if value is True else f" {value}"
+            raise ConfigError(
+                f"--enable-orbitflow does not support --{field.replace('_', '-')}{given} with "
+                f"{flag('policy')} {config.policy}: it would sort again who waits, whom the rule "
+                f"ordering has sorted. Leave it out, or give {flag('disable')} ordering"
+            )
 
 
 def check_graphs(resolved: Any) -> None:

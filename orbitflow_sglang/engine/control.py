@@ -171,7 +171,7 @@ class SchedulerControl:
         admit = decision.admit
         waiting = strangers if admit is None else strangers | (known - admit)
         held_back = [r for r in queue if r.rid in waiting]
-        scheduler.waiting_queue = [r for r in queue if r not in held_back]
+        scheduler.waiting_queue = [r for r in queue if r.rid not in waiting]
         chunk = scheduler.chunked_prefill_size
         if decision.chunk_tokens is not None and chunk is not None and chunk > 0:
             scheduler.chunked_prefill_size = min(chunk, decision.chunk_tokens)
@@ -279,7 +279,7 @@ class SchedulerControl:
         """Paused requests with that prefix of an id end at once; they need no last step."""
         for name, paused in list(self.paused.items()):
             if (everything or name.startswith(rid)) and self._settle(name):
-                del self.paused[name]
+                self._leaves(name)
                 pausing.end(self._scheduler, paused)
 
     def resume_all(self) -> None:
@@ -296,7 +296,7 @@ class SchedulerControl:
         """
         while self.paused and not batch.check_decode_mem():
             rid = min(self.paused, key=lambda r: len(self.paused[r].req.output_ids))
-            paused = self.paused.pop(rid)
+            paused = self._leaves(rid)
             self._end_of_pause(self.views[rid])
             pausing.retract(self._scheduler, paused)
             self.retracted([rid])
@@ -365,14 +365,20 @@ class SchedulerControl:
     def _settle(self, rid: str) -> bool:
         return self.views[rid].settled
 
+    def _leaves(self, rid: str) -> Paused:
+        """Somebody paused gives up its KV: room that SGLang, which does not see it, may have
+        stopped looking for."""
+        self._scheduler.running_batch.batch_is_full = False
+        return self.paused.pop(rid)
+
     def _drop_finished(self) -> None:
         """A step under way may have finished a request behind its pause."""
         for rid in [rid for rid, p in self.paused.items() if p.req.finished()]:
-            del self.paused[rid]
+            self._leaves(rid)
         for rid, paused in list(self.paused.items()):
             self.views[rid].settled = True  # its last result was processed behind the pause
             if paused.req.to_finish is not None:
-                del self.paused[rid]
+                self._leaves(rid)
                 pausing.end(self._scheduler, paused)
 
     def _observe(self, running: ScheduleBatch, last: ScheduleBatch | None) -> Observation:

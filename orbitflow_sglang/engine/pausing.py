@@ -29,7 +29,8 @@ def can_pause(req: Req, enable_overlap: bool) -> bool:
     """Whether ``req`` comes back with all its state.
 
     Under overlap SGLang counts a token for penalties one step late, in the batch that
-    runs then; a request that leaves in between would miss it.
+    runs then; a request that leaves in between would miss it. For adapters SGLang counts
+    those that run when it lets others in, so who has one stays among them.
     """
     params = req.sampling_params
     penalised = (
@@ -42,6 +43,7 @@ def can_pause(req: Req, enable_overlap: bool) -> bool:
         return False
     return (
         req.beam_group is None
+        and req.lora_id is None
         and req.multimodal_inputs is None
         and req.session is None
         and req.input_embeds is None

@@ -45,7 +45,7 @@ def recover(scheduler: Any, runtime: Runtime, error: Exception) -> None:
     soon = counters.steps - _Failures.at_step < STEPS_BETWEEN_FAILURES
     _Failures.in_a_row = _Failures.in_a_row + 1 if soon else 1
     _Failures.at_step = counters.steps
-    if scheduler.tp_size > 1 or _Failures.in_a_row > MOST_IN_A_ROW:
+    if scheduler.tp_size > 1 or _Failures.in_a_row >= MOST_IN_A_ROW:
         logger.error("OrbitFlow: a step failed and the server cannot go on: see the traceback")
         raise error
     counters.failed_steps += 1
@@ -89,6 +89,7 @@ def _end(scheduler: Any, req: Req, message: str) -> None:
     reason = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR)
     req.to_finish, req.finished_reason = None, reason
     scheduler._release_aborted_request(req)
+    scheduler.beam_coordinator.retire_group(req)
     scheduler.send_abort_output(_make_abort_req(req, finished_reason=reason.to_json()), req)
 
 

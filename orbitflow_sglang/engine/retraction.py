@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def make_room(scheduler: Scheduler, batch: ScheduleBatch) -> None:
-    """Before ``update_running_batch``, which retracts when the next step finds no slots."""
+    """Before ``update_running_batch``, which retracts when the next step finds no slots, unless
+    somebody who is about to finish leaves some."""
     control = control_of(scheduler)
-    if control is not None and control.paused:
+    if control is not None and control.paused and not scheduler._reqs_finishing_inflight(batch):
         control.make_room(batch)
 
 

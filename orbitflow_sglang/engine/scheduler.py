@@ -153,9 +153,13 @@ def abort_request(result: None, scheduler: Scheduler, recv_req: Any) -> None:
 
 
 def pause_generation(scheduler: Scheduler, recv_req: Any) -> None:
-    """Before ``pause_generation``, which retracts what it finds in the running batch."""
+    """Before ``pause_generation``, which retracts what it finds in the running batch unless asked
+    to keep it in place."""
     control = control_of(scheduler)
-    if control is not None and recv_req.mode != "in_place":
+    if control is None:
+        return
+    control.idle()
+    if recv_req.mode != "in_place":
         control.resume_all()
 
 

@@ -8,6 +8,7 @@ for a copy must not reach from one pinned range into another.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import mmap
@@ -46,8 +47,10 @@ def pinned(
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
+    # Shared, as it is by default: behind a fork private pages would be copied on write, and the
+    # pinned ones be left to the child. Huge pages where the system gives them to such memory.
     memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     flat = np.frombuffer(memory, dtype=np.uint8)
     failed: list[BaseException] = []

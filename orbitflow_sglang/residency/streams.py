@@ -67,9 +67,11 @@ class PageCopier(Protocol):
 
 
 class StreamTransfer(Transfer):
-    """A copy on a stream."""
+    """A copy on a stream. ``waits``: where waiting for it counts as a stall; None: nowhere."""
 
-    def __init__(self, nbytes: int, streams: Streams, event: Event, waits: deque[Event]) -> None:
+    def __init__(
+        self, nbytes: int, streams: Streams, event: Event, waits: deque[Event] | None
+    ) -> None:
         super().__init__(nbytes)
         self._streams = streams
         self._waits = waits
@@ -80,7 +82,9 @@ class StreamTransfer(Transfer):
         return self._streams.query(self.event)
 
     def wait(self) -> None:
-        self._waits.append(self._streams.compute_waits(self.event))
+        waited = self._streams.compute_waits(self.event)
+        if self._waits is not None:
+            self._waits.append(waited)
 
 
 class StreamTransferEngine(TransferEngine):
@@ -152,7 +156,8 @@ class StreamTransferEngine(TransferEngine):
     def _submit(self, direction: int, copy: Callable[[], None], pages: int) -> Transfer:
         event = self._streams.copy(direction, copy)
         nbytes = pages * self._page_bytes
-        transfer = StreamTransfer(nbytes, self._streams, event, self._waits)
+        transfer = StreamTransfer(nbytes, self._streams, event, None if direction else self._waits)
+        self._count()  # where nobody asks for it, ended copies would pile up
         self._under_way[direction].append(transfer)
         return transfer
 
@@ -215,6 +220,8 @@ class CUDACopier:
     def pages(
         self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, of: np.ndarray
     ) -> None:
+        if not len(to):
+            return
         begins = run_begins(to, of)
         if len(to) >= self.least_run * len(begins):
             for begin, end in zip(begins, [*begins[1:], len(to)], strict=True):
@@ -227,6 +234,8 @@ class CUDACopier:
     def rows(
         self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, first: np.ndarray
     ) -> None:
+        if not len(to):
+            return
         source.record_stream(torch.cuda.current_stream())
         self._kernels.copy_rows(target, source.contiguous(), *self._on_device(to, first))
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,8 @@ MODELS = {
     "qwen2": TinyModel("qwen2", layers=4),
     "qwen3": TinyModel("qwen3", layers=12),
 }
+# SGLang gives a rank a NUMA node, and stops where there are too few.
+CORE_A_RANK = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": ",".join(POLICIES)}
 
 
@@ -150,6 +153,20 @@ def give_up_midway(client: Client, request: Request, *, disconnect: bool) -> Gen
     for event in stream:
         last = event
     return last
+
+
+def orbitflow_states(server: Client) -> list[dict[str, Any]]:
+    """OrbitFlow's section of each DP rank."""
+    found = [state for state in server.orbitflow() if state is not None]
+    assert len(found) == len(server.orbitflow())
+    return found
+
+
+def same_tables(server: Client) -> bool:
+    """Whether all ranks have their pages in the same places, and had at every step since this
+    was first asked."""
+    body = {"server_args": {"orbitflow_tables": 1}}
+    return all(server.post("/set_internal_state", body).json())
 
 
 def use_policy(client: Client, name: str) -> None:

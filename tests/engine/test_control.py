@@ -19,12 +19,15 @@ from typing import Any
 import pytest
 from servers import (
     CONCURRENCY,
+    CORE_A_RANK,
     FULL,
     MODELS,
     Stock,
     asked_of_stock,
     assert_nothing_is_left,
     orbitflow_args,
+    orbitflow_states,
+    same_tables,
     set_internal_state,
 )
 
@@ -78,17 +81,21 @@ class Setting:
     pauses: int = 1
     deposit: bool = False
     mixed_steps: int = 0  # at least so many prefill steps that decoded too
+    ranks: tuple[str, ...] = ()
 
 
 PACE = ("--orbitflow-tpot-slo-ms", "30")
+# In `make test` these servers stand in for those of test_parallel.py as well.
+DP, TP = ((), ()) if FULL else (("--dp-size", "2"), ("--tp-size", "2"))
 SETTINGS = (
-    Setting("sampled", (*NO_OVERLAP, *PACE), sampled=True, pauses=2, deposit=True),
+    Setting("sampled", (*NO_OVERLAP, *PACE), sampled=True, pauses=2, deposit=True, ranks=DP),
     Setting(
         "mixed",
         # No target that prompts could cost anybody: newcomers would wait, and not mix.
         ("--enable-mixed-chunk", "--chunked-prefill-size", "64", "--orbitflow-tpot-slo-ms", "5000"),
         logprobs=False,
         mixed_steps=100 if FULL else 20,
+        ranks=TP,
     ),
 )
 if FULL:
@@ -137,7 +144,8 @@ def sampled_by_stock() -> list[Generation]:
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: setting.name)
 def cell(request: pytest.FixtureRequest) -> Iterator[tuple[Setting, Server]]:
     setting: Setting = request.param
-    with Server(orbitflow_args(STYLE, *ARENA, *setting.flags), env=TEST_CONTROL) as server:
+    args = orbitflow_args(STYLE, *ARENA, *setting.flags, *setting.ranks)
+    with Server(args, env=TEST_CONTROL | (CORE_A_RANK if setting.ranks else {})) as server:
         yield setting, server
 
 
@@ -160,10 +168,13 @@ def test_tokens_are_those_of_stock_sglang(
     assert not result.failures, result
     pauses = [generation.meta["orbitflow"]["pauses"] for generation in found]
     assert min(pauses) >= 1, pauses
-    (state,) = server.orbitflow()
-    assert state is not None
-    control = state["control"]
-    assert control["pauses"] == control["resumes"] >= len(WORKLOAD)
-    assert state["tiered_steps"] > 0
-    assert control["mixed_steps"] >= setting.mixed_steps, control["mixed_steps"]
+    states = orbitflow_states(server)
+    assert len(states) == (2 if "--dp-size" in setting.ranks else 1)
+    controls = [state["control"] for state in states]
+    assert all(control["pauses"] == control["resumes"] for control in controls)
+    assert sum(control["pauses"] for control in controls) >= len(WORKLOAD)
+    assert all(state["tiered_steps"] > 0 for state in states)
+    assert sum(control["mixed_steps"] for control in controls) >= setting.mixed_steps, controls
+    if "--tp-size" in setting.ranks:
+        assert same_tables(server)
     assert_nothing_is_left(server)

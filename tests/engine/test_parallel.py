@@ -8,45 +8,36 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from servers import (
-    FULL,
+    CORE_A_RANK,
     Stock,
-    asked_of_stock,
     assert_nothing_is_left,
     in_full_only,
     orbitflow_args,
+    orbitflow_states,
     run_with_aborts,
+    same_tables,
     set_internal_state,
 )
 
-from eval.client import Client, Generation, Request
+from eval.client import Generation, Request
 from eval.identity import Comparison, compare, mixed_requests
 from eval.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, in_full_only]
 
 STYLE = "llama"
 ARENA = (
     *("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2"),
     *("--orbitflow-disable", "stand-aside"),  # or nothing is streamed for prompts this long
 )
-# A core for each rank: SGLang gives a rank a NUMA node, and stops where there are too few.
-ENV = {"ORBITFLOW_TEST_CONTROL": "resident", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+ENV = {"ORBITFLOW_TEST_CONTROL": "resident", **CORE_A_RANK}
 COMPARED_EVERY_S = 0.5
 SLOW_MB_PER_S = 20
-WORKLOAD = asked_of_stock(
-    STYLE,
-    mixed_requests(
-        64 if FULL else 16,
-        seed=21,
-        longest=1800,
-        max_new_tokens=48 if FULL else 32,
-        shortest=100,
-        shared_fraction=0.3,
-    ),
+WORKLOAD = mixed_requests(
+    64, seed=21, shortest=100, longest=1800, max_new_tokens=48, shared_fraction=0.3
 )
 
 
@@ -59,12 +50,6 @@ def server_of(*flags: str) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def expected(stock: Stock) -> list[Generation]:
     return stock.answers(STYLE, WORKLOAD)
-
-
-def states(server: Client) -> list[dict[str, Any]]:
-    found = server.orbitflow()
-    assert all(state is not None for state in found)
-    return [state for state in found if state is not None]
 
 
 def paused_at_least_once(generations: Sequence[Generation], aborted: set[str]) -> None:
@@ -82,7 +67,7 @@ def replicas(expected: list[Generation]) -> Iterator[Server]:
 
 
 def test_replicas_share_the_memory_of_the_host(replicas: Server) -> None:
-    for state in states(replicas):
+    for state in orbitflow_states(replicas):
         assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
 
 
@@ -95,13 +80,12 @@ def test_replicas_answer_as_stock_sglang(
     identity_cells["dp 2"] = result
     assert not result.failures, result
     paused_at_least_once(found, set())
-    for state in states(replicas):  # each of them has served
+    for state in orbitflow_states(replicas):  # each of them has served
         assert state["control"]["pauses"] == state["control"]["resumes"] > 0
         assert state["tiered_steps"] > 0
     assert_nothing_is_left(replicas)
 
 
-@in_full_only
 def test_replicas_lose_nothing_of_requests_given_up(
     replicas: Server, expected: list[Generation], identity_cells: dict[str, Comparison]
 ) -> None:
@@ -148,12 +132,6 @@ def comparing_tables(server: Server) -> Iterator[list[bool]]:
         thread.join()
 
 
-def same_tables(server: Server) -> bool:
-    """Whether they are, and were at every step since this was first asked."""
-    body = {"server_args": {"orbitflow_tables": 1}}
-    return all(server.post("/set_internal_state", body).json())
-
-
 def answered(
     server: Server, expected: list[Generation], wanted: Sequence[Request]
 ) -> tuple[Comparison, list[Generation], set[str]]:
@@ -167,11 +145,11 @@ def answered(
 
 
 def test_a_group_shares_the_memory_of_the_host(group: Server) -> None:
-    (state,) = states(group)
+    (state,) = orbitflow_states(group)
     assert state["host"]["pages"] == int(0.1e9) // state["page_bytes"]
 
 
-@pytest.mark.parametrize("pauses", [pytest.param(0, marks=in_full_only), 2])
+@pytest.mark.parametrize("pauses", [0, 2])
 def test_a_group_answers_as_stock_sglang_and_keeps_its_pages_in_the_same_places(
     group: Server, expected: list[Generation], identity_cells: dict[str, Comparison], pauses: int
 ) -> None:
@@ -179,7 +157,7 @@ def test_a_group_answers_as_stock_sglang_and_keeps_its_pages_in_the_same_places(
     result, found, aborted = answered(group, expected, WORKLOAD)
     identity_cells[f"tp 2, pauses {pauses}"] = result
     assert not result.failures, result
-    (state,) = states(group)
+    (state,) = orbitflow_states(group)
     assert state["tiered_steps"] > 0
     assert state["h2d"]["bytes"] > 0
     if pauses:
@@ -194,10 +172,12 @@ def test_whoever_is_paused_when_all_is_aborted_is_gone_on_both(group: Server) ->
         streams = [group.stream(one.input_ids, 400, rid=f"gone-{one.rid}") for one in WORKLOAD[:4]]
         for stream in streams:
             next(stream)
+        (state,) = orbitflow_states(group)
+        assert state["control"]["paused"] > 0
         group.abort_all()
         for stream in streams:
             *_, last = stream
             assert last.finish_reason == "abort"
-    assert all(found), group.log_tail()
+    assert found and all(found), group.log_tail()
     assert_nothing_is_left(group)
     assert same_tables(group), group.log_tail()

@@ -22,7 +22,7 @@ SHIPPED = {
     "kernels": "orbitflow_sglang/_kernels",
     "docs/grafana": "orbitflow_sglang/_grafana",
 }
-# Commands of the documents, and what runs them.
+# Commands of the documents: the file that runs each, and text in it.
 RUN_BY = {
     "make serve": "tests/engine/test_entry_points.py::test_make_serve",
     "make test": ".ci/run::make test",
@@ -85,7 +85,7 @@ def test_development_tools_are_pinned_alike_in_both_places() -> None:
     assert set(project["optional-dependencies"]["dev"]) <= set(pinned)
 
 
-def test_every_command_of_readme_and_installation_is_run() -> None:
+def test_every_command_of_readme_and_installation_is_named_by_what_runs_it() -> None:
     found = {command for name in ("README.md", "docs/install.md") for command in commands(name)}
     unknown = {one for one in found if not any(one.startswith(known) for known in RUN_BY)}
     gone = {known for known in RUN_BY if not any(one.startswith(known) for one in found)}

@@ -66,8 +66,30 @@ def test_other_settings_cannot_be_added_to_results(tmp_path: Path) -> None:
     first = results(tmp_path)
     first.calibrated({"step_s": 0.01})
     first.add(Cell(0, 0.9, "stock"), [answer("a")], RUN)
-    with pytest.raises(CannotResume, match="other requests"):
+    with pytest.raises(CannotResume, match="other requests: give another --out"):
         results(tmp_path, resume=True, requests=3)
+    with pytest.raises(CannotResume, match=r"other mix\.short_input: give"):
+        results(tmp_path, resume=True, mix={"short_input": (1, 3)})
+
+
+def test_another_model_or_other_code_are_other_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def settings() -> dict[str, Any]:
+        return compare._settings(compare._parse(["--quick", "--resume"]), Setup(), Mix())
+
+    first = Results(tmp_path, settings())
+    first.calibrated({"step_s": 0.01})
+    first.add(Cell(0, 0.9, "stock"), [answer("a")], RUN)
+    with (
+        monkeypatch.context() as changed,
+        pytest.raises(CannotResume, match=r"other setup\.model\.heads:"),
+    ):
+        changed.setattr(contestants, "CPU_MODEL", replace(contestants.CPU_MODEL, heads=4))
+        Results(tmp_path, settings(), resume=True)
+    monkeypatch.setattr(compare, "DECISIVE", compare.DECISIVE[1:])
+    with pytest.raises(CannotResume, match="other code:"):
+        Results(tmp_path, settings(), resume=True)
 
 
 def test_a_calibration_alone_is_not_kept_for_other_settings(tmp_path: Path) -> None:
@@ -168,6 +190,12 @@ def test_contestants_differ_in_nothing_but_policy() -> None:
         contestants.check(name, setup)
 
 
+def test_who_takes_turns_is_compared_where_requests_are_paced() -> None:
+    for names in (contestants.DEFAULT, ON_GPU):
+        assert {"time-sliced-swap@paced", "orbitflow@paced"} <= set(names)
+        assert "time-sliced-swap" not in names
+
+
 def test_what_takes_no_emulated_compute_is_not_compared_with_what_does() -> None:
     contestants.check(contestants.NATIVE, replace(Setup(), compute_ms=None))
     with pytest.raises(ValueError, match="--real-compute"):
@@ -186,6 +214,10 @@ def test_on_a_gpu_there_are_other_stock_servers_and_a_real_link() -> None:
     assert "orbitflow_flashinfer" in ours and "--orbitflow-emulated-link-gb-per-s" not in ours
     eager = set(flags("stock-eager", setup)) - set(flags("stock", setup))
     assert eager == set(contestants.EAGER)
+    hicache = flags("hicache", setup)
+    assert hicache[hicache.index("--hicache-size") + 1] == "64"  # of GB, as ours has
+    with pytest.raises(ValueError, match="--host-memory-gb a whole number"):
+        contestants.check("hicache", replace(setup, host_memory_gb=0.5))
     assert "rho" not in CALIBRATION.numbers(setup, GPU_MIX)
     assert GPU_MIX.longest < setup.model.context
 

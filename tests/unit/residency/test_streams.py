@@ -6,6 +6,7 @@ computes, so that a read before its copy, or a copy over what is still to be rea
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_device import Event, FakeCopier, FakeStreams
 from hypothesis import settings
 from residency_stores import (
@@ -29,9 +31,10 @@ from test_store_machine import StoreMachine
 
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.host_store import HostStore
+from orbitflow_sglang.residency.kernels import TorchKernels
 from orbitflow_sglang.residency.layout import Capacity
 from orbitflow_sglang.residency.store import ResidencyStore
-from orbitflow_sglang.residency.streams import StreamTransferEngine, run_begins
+from orbitflow_sglang.residency.streams import CUDACopier, StreamTransferEngine, run_begins
 
 pytestmark = pytest.mark.unit
 
@@ -161,6 +164,32 @@ def test_what_compute_has_waited_is_counted_once_it_is_over(
     store.ring.note_stall()
     assert store.ring.stall_s == 0.25
     assert store.engine.take_stall_s() == 0, "taken"
+    store.engine.write_back(ids(0), ids(1)).wait()
+    streams.finish()
+    assert store.engine.take_stall_s() == 0, "no step is late for what leaves the device"
+
+
+def test_copies_that_ended_are_forgotten_though_nobody_counts_them() -> None:
+    streams = FakeStreams(0)
+    store = store_on(streams, layers=2, page_size=2, main=8, ring=4)
+    engine = store.engine
+    assert isinstance(engine, StreamTransferEngine)
+    for _ in range(9):
+        engine.write_back(ids(0), ids(1))
+        streams.finish()
+    assert sum(map(len, engine._under_way)) == 1
+
+
+@pytest.mark.parametrize("least_run", [1.0, 3.0, math.inf])
+@pytest.mark.parametrize("to", [[], [5], [2, 3, 4, 7, 0]])
+def test_pages_are_copied_in_runs_of_any_length_and_none(least_run: float, to: list[int]) -> None:
+    source, of = torch.arange(40.0).reshape(10, 4), np.arange(len(to))
+    target = torch.zeros_like(source)
+    copier = CUDACopier(TorchKernels(), torch.device("cpu"), least_run)
+    copier.pages(target, source, np.array(to, dtype=int), of)
+    wanted = torch.zeros_like(source)
+    wanted[to] = source[: len(to)]
+    assert torch.equal(target, wanted)
 
 
 def test_runs_are_stretches_in_which_both_sides_go_up_by_one() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from eval.live.calibrate import FILL, Calibration
-from eval.sim.against_live import COPY_SLOWDOWN, TIERED_S, machine_of, profile_of
+from eval.sim.against_live import COPY_SLOWDOWN, TIERED_S, machine_of, main, profile_of
 from eval.sim.hardware import Chunk
 
 pytestmark = pytest.mark.unit
@@ -39,3 +41,11 @@ def test_stock_sglang_is_modelled_with_a_profile_that_another_server_measured() 
     assert profile_of([measured], {"orbitflow": None}) == PROFILE
     with pytest.raises(ValueError, match="no run has a cost profile"):
         profile_of([], {"orbitflow": None})
+
+
+def test_a_folder_without_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.json").write_text("{}")  # of a campaign that has only begun
+    assert main(["--results", str(tmp_path)]) == 1
+    assert f"{tmp_path} has no runs: make eval-live, or give --results" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from eval import compare, simulate
-from eval.sim import campaign, report, studies, tables
+from eval.sim import campaign, figures, report, studies, tables
 from eval.sim.scenario import Scenario, run
 
 pytestmark = pytest.mark.unit
@@ -118,9 +118,60 @@ def test_a_part_of_a_study_adds_to_what_there_is(
     campaign.finish("s", scenarios, tmp_path, workers=1, now=scenarios[:1])
     found = campaign.finish("s", scenarios, tmp_path, workers=1, now=scenarios[2:])
     assert [row["scenario"]["policy"] for row in found] == ["retract", "swap"]
+    # What earlier code made stays where it is not asked for, and is done again where it is.
+    with monkeypatch.context() as changed:
+        changed.setattr(campaign, "code_hash", lambda: "changed")
+        changed.setattr(campaign, "run_all", lambda missing, _: map(campaign.row_of, missing))
+        found = campaign.finish("s", scenarios, tmp_path, workers=1, now=scenarios[2:])
+    assert [row["code"] for row in found] == [campaign.code_hash(), "changed"]
+    assert campaign.read(tmp_path / "s.jsonl.gz") == found
     # What has left the study leaves the file.
     found = campaign.finish("s", scenarios[1:], tmp_path, workers=1, now=[])
     assert [row["scenario"]["policy"] for row in found] == ["swap"]
+
+
+def test_a_study_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.jsonl.gz"
+    campaign.write(path, [row("retract", 1, 0.5)])
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        campaign.write(path, [])
+    assert len(campaign.read(path)) == 1
+
+
+def test_runs_of_earlier_code_are_said_to_be_such() -> None:
+    rows = [campaign.row_of(replace(SMALL, seed=seed)) for seed in (1, 2)]
+    found: dict[str, list[campaign.Row]] = {name: [] for name in studies.STUDIES}
+    found["mixes"] = rows
+    assert "earlier code" not in "".join(report._report(found))
+    rows[0]["code"] = "earlier"
+    assert "Of the 2 runs 1 were made by earlier code" in "".join(report._report(found))
+
+
+def test_what_is_missing_of_a_study_is_left_out() -> None:
+    part = [row("paper-uniform", 1, 0.5, slo_scale=1.0), row("retract", 1, 0.5, slo_scale=1.0)]
+    for one in part:
+        one["metrics"] = {metric: 0.25 for _, metric, *_ in report.PAPER_COLUMNS}
+    text = "\n".join(report._paper(part))
+    assert "| one distance for all | 45.1 | 25.0 |" in text and "and pauses" not in text
+    assert "TBT attainment at SLO scale 1" not in "\n".join(report._paper(part[1:]))
+    names = "orbitflow", "orbitflow:no-pause", "orbitflow:no-chunking"
+    rules = [row(name, 1, 0.5, load=load) for name, load in zip(names, (1, 1, 2), strict=True)]
+    for one in rules:
+        one["metrics"]["good_requests_strict_generated"] = 0.5
+    text = "\n".join(report._ablation(rules))
+    assert "`orbitflow:no-pause`" in text and "no-chunking" not in text
+    ours = row("orbitflow", 1, 0.5, paced=True, link_gb_per_s=6.0)
+    ahead = figures._ahead([ours, row("retract", 1, 0.25, link_gb_per_s=6.0)])
+    assert ahead == {"over stock SGLang": {(2.0, 6.0): 25.0}}
+    assert len(figures.crossover_figure(ahead).axes) == 2  # with its scale of greys
+    assert figures._ahead([ours]) == {}
 
 
 def test_a_stored_run_that_says_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,10 +209,15 @@ def test_simulate_refuses_what_there_is_not(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_two_results_are_compared_request_by_request() -> None:
-    one = run(SMALL).as_dict()
-    other = run(replace(SMALL, policy="queue")).as_dict()
+    busy = replace(SMALL, mix="MIX", load=3.0, requests=20)
+    one, other = (run(replace(busy, policy=name)).as_dict() for name in ("queue", "orbitflow"))
+    gained = sum(row["good"] for row in other["rows"]) - sum(row["good"] for row in one["rows"])
     text = "\n".join(compare.compared(one, other))
-    assert "policy" in text and "good, second minus first: +0.0 points" in text
-    other["rows"] = []
+    assert gained > 0 and f"good, second minus first: +{5 * gained:.1f} points" in text
+    assert "policy" in text
     with pytest.raises(ValueError, match="no request in common"):
-        compare.compared(one, other)
+        compare.compared(one, other | {"rows": []})
+    for field in ("arrival_s", "input_tokens", "output_tokens"):
+        changed = [other["rows"][0] | {field: 7}, *other["rows"][1:]]
+        with pytest.raises(ValueError, match=f"same trace: r0000 differs in {field}"):
+            compare.compared(one, other | {"rows": changed})
