@@ -62,6 +62,7 @@ STORE_SERIES = (
     ),
     Series("placements_total", "counter", "Times that a placement was made."),
     Series("failed_idle_checks_total", "counter", "Idle checks that found a violated invariant."),
+    Series("failed_steps_total", "counter", "Steps that failed, after which all KV was given up."),
 )
 CONTROLLER_SERIES = (
     Series("hidden_pages", "gauge", "Pages that a step can fetch under its compute."),
@@ -83,6 +84,7 @@ CONTROLLER_SERIES = (
     Series("pauses_total", "counter", "Times that a request was set aside."),
     Series("resumes_total", "counter", "Times that a request set aside decoded again."),
     Series("pauses_missed_total", "counter", "Pauses that came too late to carry out."),
+    Series("retractions_total", "counter", "Requests that gave up their KV, paused ones too."),
     Series("paused_requests", "gauge", "Requests set aside now."),
     Series("paused_longest_seconds", "gauge", "Longest that one of them has been set aside."),
     Series("waiting_longest_seconds", "gauge", "Longest that a request waits for its prefill."),

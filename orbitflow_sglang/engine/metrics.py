@@ -190,6 +190,7 @@ def store_values(runtime: Runtime) -> Values:
         "tiered_steps_total": counters.tiered_steps,
         "placements_total": runtime.placer.placements,
         "failed_idle_checks_total": counters.failed_idle_checks,
+        "failed_steps_total": counters.failed_steps,
     }
 
 
@@ -226,6 +227,7 @@ def controller_values(control: Any, now: float) -> Values:
         "pauses_total": counts["pauses"],
         "resumes_total": counts["resumes"],
         "pauses_missed_total": counts["pauses_missed"],
+        "retractions_total": counts["retractions"],
         "paused_requests": len(control.paused),
         "paused_longest_seconds": max(paused, default=0.0),
         "waiting_longest_seconds": max(waiting, default=0.0),

@@ -137,8 +137,10 @@ def test_a_failed_copy_costs_the_requests_it_touched_and_no_other(
 
 
 def test_a_host_store_that_claims_to_be_full(server: Server, stock: Stock) -> None:
+    before = failed_steps(server)
     inject(server, "host full")
     calm = run_storm(server, WANTED, seed=0, give_up=False)
+    assert failed_steps(server) > before and calm.refused
     assert_right(calm, stock) if calm.generations else None
     for refusal in calm.refused.values():
         assert refusal.status == 500, refusal

@@ -16,7 +16,10 @@ MODEL = TinyModel("llama", layers=8, heads=8)
 COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *EAGER)
 WANTED = mixed_requests(32, seed=0, longest=900, max_new_tokens=48, shared_fraction=0.5)
 POLICIES = ("resident", "static:1", "all-host", "random:1")
-GRAPHS = ("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4", "8")
+GRAPHS = (
+    *("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4", "8"),
+    *("--decode-log-interval", "4"),
+)
 
 
 def server(*extra: str) -> Server:
@@ -50,6 +53,8 @@ def test_tokens_are_those_of_stock_sglang(
         answers = ours.generate_many(WANTED, 8)
         ours.wait_idle()
         (state,) = ours.orbitflow()
+        log = ours.log.read_text(errors="replace")
+    assert ("cuda graph: True" in log) is bool(graphs)
     # Two tokens change places when each is off by half their distance.
     result = compare(expected, answers, tolerance=max(1e-4, 4 * drift))
     assert result.tokens and not result.failures, result

@@ -1,0 +1,76 @@
+"""Who may be paused, and what becomes of the room that a paused request leaves.
+
+In this process, on stand-ins for SGLang's objects; real servers do the same in test_control.py,
+test_storms.py and test_faults.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def engine() -> dict[str, ModuleType]:
+    names = ("control", "pausing", "retraction", "runtime")
+    return {name: importlib.import_module(f"orbitflow_sglang.engine.{name}") for name in names}
+
+
+def request(**changed: Any) -> SimpleNamespace:
+    sampling = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
+    fine = dict.fromkeys(
+        ("beam_group", "lora_id", "multimodal_inputs", "session", "input_embeds", "to_finish")
+    )
+    params = SimpleNamespace(min_new_tokens=0, **sampling)
+    return SimpleNamespace(sampling_params=params, finished=lambda: False, **fine | changed)
+
+
+@pytest.mark.parametrize(
+    "part", ["beam_group", "lora_id", "multimodal_inputs", "session", "input_embeds", "to_finish"]
+)
+def test_whoever_has_what_would_not_come_back_stays(
+    engine: dict[str, ModuleType], part: str
+) -> None:
+    can_pause = engine["pausing"].can_pause
+    assert can_pause(request(), enable_overlap=True)
+    assert not can_pause(request(**{part: "something"}), enable_overlap=True)
+
+
+def test_penalties_are_counted_a_step_late_under_overlap_alone(
+    engine: dict[str, ModuleType],
+) -> None:
+    penalised = request()
+    penalised.sampling_params.presence_penalty = 0.5
+    assert engine["pausing"].can_pause(penalised, enable_overlap=False)
+    assert not engine["pausing"].can_pause(penalised, enable_overlap=True)
+
+
+def test_where_a_paused_request_ends_newcomers_are_looked_at_again(
+    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+    monkeypatch.setattr(engine["pausing"], "end", lambda scheduler, paused: ended.append(paused))
+    control = object.__new__(engine["control"].SchedulerControl)
+    control._scheduler = SimpleNamespace(running_batch=SimpleNamespace(batch_is_full=True))
+    control.paused = {"one": "first", "two": "second"}
+    control.views = dict.fromkeys(control.paused, SimpleNamespace(settled=True))
+    control.abort("three", everything=False)
+    assert control._scheduler.running_batch.batch_is_full
+    control.abort("one", everything=False)
+    assert not control._scheduler.running_batch.batch_is_full
+    assert (ended, control.paused) == (["first"], {"two": "second"})
+
+
+@pytest.mark.parametrize("finishing", [[], ["somebody"]])
+def test_nobody_gives_up_kv_while_somebody_is_about_to_finish(
+    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, finishing: list[str]
+) -> None:
+    asked = []
+    control = SimpleNamespace(paused={"one": None}, make_room=asked.append)
+    monkeypatch.setattr(engine["retraction"], "control_of", lambda scheduler: control)
+    scheduler = SimpleNamespace(_reqs_finishing_inflight=lambda batch: finishing)
+    engine["retraction"].make_room(scheduler, "batch")
+    assert asked == ([] if finishing else ["batch"])
