@@ -55,7 +55,7 @@ demo: setup ## long requests at once, with layers on device and host, against st
 	@$(OFFLINE) $(PY) -m eval.demo $(ARGS)
 
 # A test's limit includes the start of the server that it is the first to use.
-test: setup lint ## lint, types and every test that can run here
+test: setup lint ## lint, types and tests
 	$(OFFLINE) $(PY) -m pytest --timeout 900 --durations 25 $(ARGS)
 
 lint: setup
@@ -63,7 +63,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-full: setup ## every test in full; writes eval/results/identity/
+test-full: setup ## every test that can run here, in full; writes eval/results/identity/
 	ORBITFLOW_TEST_FULL=1 ORBITFLOW_TEST_SUMMARY=eval/results/identity/summary.json \
 	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
 	  $(PY) -m pytest --timeout 3600 $(ARGS)

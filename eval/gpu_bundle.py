@@ -153,7 +153,10 @@ def compile_modules(count: int | None) -> None:
     """What attention uses of FlashInfer, or the first ``count``: decode on CUDA cores and prefill,
     which is also decode on tensor cores, for the heads of the tiny model and of an 8B one."""
     import torch
-    from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
+    from flashinfer.jit.attention import gen_batch_decode_module
+
+    # Its wrappers ask for this one; the public ``gen_batch_prefill_module`` has another name.
+    from flashinfer.jit.attention.modules import _gen_batch_prefill_primary_module
     from flashinfer.jit.cascade import gen_cascade_module
 
     def modules() -> Iterator[Any]:
@@ -161,7 +164,7 @@ def compile_modules(count: int | None) -> None:
         for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float16, 128)):
             kind = (dtype, dtype, dtype, torch.int32, dim, dim, 0, False, False)
             yield gen_batch_decode_module(*kind)
-            yield gen_batch_prefill_module("fa2", *kind, False)
+            yield _gen_batch_prefill_primary_module("fa2", *kind, False)
 
     for module in islice(modules(), count):
         print(f"Compiling {module.name}", flush=True)

@@ -41,8 +41,11 @@ CPU_ENV: Mapping[str, str] = {
     "ORBITFLOW_CACHE_DIR": str(PROFILES),
 }
 # The platform that SGLang chooses, on whatever GPU there is.
+# Stock SGLang takes the kernels that we take: by itself it would have FlashInfer choose fa3 on
+# Hopper, and compile that for longer than it lets a step take.
 GPU_ENV: Mapping[str, str] = {
-    key: CPU_ENV[key] for key in ("HF_HUB_OFFLINE", "ORBITFLOW_CACHE_DIR")
+    **{key: CPU_ENV[key] for key in ("HF_HUB_OFFLINE", "ORBITFLOW_CACHE_DIR")},
+    "SGLANG_FLASHINFER_USE_PAGED": "1",
 }
 GPU_START_S = 900.0  # FlashInfer compiles what it has not compiled before
 # A configuration that leaked in from the outside would turn a stock server into another.

@@ -11,7 +11,7 @@ pages: kernel, split and order of summation are then the same as without OrbitFl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,7 +236,8 @@ def self_test(attention: PagedAttention, heads: Heads, page_size: int) -> None:
     """Raise ``RuntimeError`` unless attention reads where ``LayerPass`` says.
 
     The same tokens in two arenas, at other places in each and behind one plan, must give the same
-    bits, and what attention in float32 gives but for rounding; in one part and in two.
+    bits, and what attention in float32 gives but for rounding; in one part and in two; by a decode
+    step, and with the last token of each request as the new one of a prefill.
     """
     device = attention._device
     random = torch.Generator().manual_seed(0)
@@ -249,29 +250,41 @@ def self_test(attention: PagedAttention, heads: Heads, page_size: int) -> None:
     moved = torch.empty_like(arena)
     moved[:, places] = arena
     ids = torch.arange(6, dtype=torch.int32)
+    # Of a prefill: what lies behind the new tokens, and these.
+    behind = [length - 1 for length in tokens]
+    held = [-(-length // page_size) for length in behind]
+    firsts = (torch.tensor([0, *pages[:-1]]).cumsum(0) * page_size).tolist()
+    last = torch.tensor([first + length for first, length in zip(firsts, behind, strict=True)])
+    k, v = arena.flatten(1, 2)[:, last].to(device, heads.kv_dtype)
 
-    def part(where: torch.Tensor, at: torch.Tensor, rows: slice, whole: bool) -> LayerPass:
-        k, v = where.to(device, heads.kv_dtype)
-        chosen = [rows.start <= i < rows.stop for i in range(3)]
-        chosen_ids = [x for x, c in zip(at.split(pages), chosen, strict=True) if c]
-        return LayerPass(
-            k, v, torch.cat(chosen_ids).to(device, torch.int32),
-            [p * c for p, c in zip(pages, chosen, strict=True)],
-            [t * c for t, c in zip(tokens, chosen, strict=True)], whole,
-        )  # fmt: skip
+    def runs(
+        counts: Sequence[int],
+        lengths: Sequence[int],
+        attend: Callable[[list[LayerPass]], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        def part(
+            where: torch.Tensor, at: torch.Tensor, rows: Sequence[int], whole: bool = False
+        ) -> LayerPass:
+            own = [x[: counts[i] * (i in rows)] for i, x in enumerate(at.split(pages))]
+            k, v = where.to(device, heads.kv_dtype)
+            return LayerPass(
+                k, v, torch.cat(own).to(device, torch.int32),
+                [len(x) for x in own], [n * (i in rows) for i, n in enumerate(lengths)], whole,
+            )  # fmt: skip
 
-    attention.begin(pages, tokens, None)
+        here, there = (arena, ids), (moved, places[:6])
+        return [
+            attend([part(*here, range(3), whole=True)]),
+            attend([part(*there, range(3), whole=True)]),
+            attend([part(*here, [0]), part(*there, [1, 2])]),
+        ]
+
     scale = heads.dim**-0.5
-    found = [
-        attention.decode(q, [part(arena, ids, slice(0, 3), True)], scale),
-        attention.decode(q, [part(moved, places[:6], slice(0, 3), True)], scale),
-        attention.decode(
-            q,
-            [part(arena, ids, slice(0, 1), False), part(moved, places[:6], slice(1, 3), False)],
-            scale,
-        ),
-    ]
-    if not torch.equal(found[0], found[1]):
+    attention.begin(pages, tokens, None)
+    found = runs(pages, tokens, lambda parts: attention.decode(q, parts, scale))
+    attention.begin(held, behind, [1] * 3)
+    found += runs(held, behind, lambda parts: attention.extend(q, k, v, parts, scale))
+    if not (torch.equal(found[0], found[1]) and torch.equal(found[3], found[4])):
         raise RuntimeError(
             "FlashInfer does not read KV at the indices it is given for a layer: this version is "
             "not supported"

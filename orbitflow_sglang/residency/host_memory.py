@@ -36,6 +36,8 @@ def pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     Raises ``ResidencyError`` where the system does not let so much be pinned. It is never
     given back before the process ends.
     """
+    if device.index is None:  # of this thread; the one that pins would begin with the first GPU
+        device = torch.device("cuda", torch.cuda.current_device())
     register = functools.partial(_register, device)
     return pinned(shape, dtype, register, local_cores(_bus_of(device)))
 

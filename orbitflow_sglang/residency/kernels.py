@@ -246,7 +246,7 @@ def load(cache: Path) -> PageKernels:
     try:
         kernels: PageKernels = CUDAKernels(_library(cache))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("OrbitFlow's CUDA kernels are not to be had (%s): Triton's are used", error)
+        logger.warning("OrbitFlow's CUDA kernels are not to be had (%s): Triton's are used", error)
         kernels = TritonKernels()
     logger.info("OrbitFlow moves pages with its %s kernels", kernels.name)
     return kernels
@@ -255,7 +255,8 @@ def load(cache: Path) -> PageKernels:
 def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
     """Compile ``pages.cu`` for such ``architectures`` (sm_90a). Raises ``OSError`` without nvcc,
     ``subprocess.CalledProcessError`` with what it says where it fails."""
-    nvcc = shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or os.path.join(home, "bin", "nvcc")
     codes = [
         f"--generate-code=arch={name.replace('sm', 'compute')},code={name}"
         for name in architectures

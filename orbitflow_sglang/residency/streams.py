@@ -257,10 +257,11 @@ def run_begins(to: np.ndarray, of: np.ndarray) -> list[int]:
 
 
 def measured_least_run(
-    copier: CUDACopier, arena: Arena, host: HostStore, lengths: tuple[int, ...] = (1, 2, 4, 8, 16)
+    copier: CUDACopier, arena: Arena, host: HostStore, lengths: tuple[int, ...] = (8, 16, 32)
 ) -> float:
     """The shortest run of pages from which the copy engine is as fast as the kernel; infinite
-    where it never is. Between steps, with the arena free; its contents are lost."""
+    where it never is. Not below 8: each run is a call, on the thread that schedules. Between
+    steps, with the arena free; its contents are lost."""
     pages = min(256, host.num_pages, arena.num_pages)
     for length in lengths:
         spaced = np.arange(pages) // length * (length + 1) + np.arange(pages) % length

@@ -6,6 +6,7 @@ The arena is small, so that plans, streaming and pauses are live on all of them.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -166,14 +167,19 @@ def test_a_group_answers_as_stock_sglang_and_keeps_its_pages_in_the_same_places(
     assert same_tables(group), group.log_tail()  # with as many free pages on both
 
 
+def wait_for_a_pause(server: Server, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not any(state["control"]["paused"] for state in orbitflow_states(server)):
+        assert time.monotonic() < deadline, "nobody was paused"
+
+
 def test_whoever_is_paused_when_all_is_aborted_is_gone_on_both(group: Server) -> None:
     set_internal_state(group, "orbitflow_pause", 2)
     with comparing_tables(group) as found:
         streams = [group.stream(one.input_ids, 400, rid=f"gone-{one.rid}") for one in WORKLOAD[:4]]
         for stream in streams:
             next(stream)
-        (state,) = orbitflow_states(group)
-        assert state["control"]["paused"] > 0
+        wait_for_a_pause(group)
         group.abort_all()
         for stream in streams:
             *_, last = stream

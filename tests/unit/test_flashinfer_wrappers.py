@@ -95,12 +95,13 @@ def test_the_self_test_passes(page_size: int) -> None:
     self_test(attention(page_size), HEADS, page_size)
 
 
+@pytest.mark.parametrize("wrapper", ["_decode", "_prefill"])
 def test_the_self_test_notices_when_runs_no_longer_look_at_the_attribute(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, wrapper: str
 ) -> None:
     paged = attention(4)
     first: list[torch.Tensor] = []
-    kind = type(paged._decode)
+    kind = type(getattr(paged, wrapper))
     read = kind._read
 
     def keeps_the_first(wrapper: object, kv_cache: object) -> object:
