@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     if not every:
         print(f"{options.results} has no runs: make eval-full", file=sys.stderr)
         return 1
+    current = sum(row["code"] == campaign.code_hash() for row in every)
     differing = run_again(every, options.sample, options.seed)
     for line in differing:
         print(line, file=sys.stderr)
@@ -81,13 +82,14 @@ def main(argv: Sequence[str]) -> int:
     write_result(
         options.results / "report.json",
         argv,
-        {"runs": len(every), "run_again": min(options.sample, len(every)), "differing": differing},
+        {"runs": len(every), "run_again": min(options.sample, current), "differing": differing},
     )
     return 1 if differing else 0
 
 
 def run_again(rows: Sequence[Row], count: int, seed: int) -> list[str]:
-    """Runs a sample again; what differs from what is stored, in words."""
+    """Runs a sample of today's code again; what differs from what is stored, in words."""
+    rows = [row for row in rows if row["code"] == campaign.code_hash()]
     ordered = sorted(rows, key=lambda row: key_of(row["scenario"]))
     sample = random.Random(seed).sample(ordered, min(count, len(ordered)))
     scenarios = [Scenario(**row["scenario"]) for row in sample]
@@ -139,7 +141,7 @@ def _by_earlier_code(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         f"Of the {len(rows)} runs {earlier} were made by earlier code: what validates them is that "
-        "`make eval` repeats a sample of all.",
+        "`make eval` repeats a sample of the others.",
         "",
     ]
 
