@@ -140,7 +140,7 @@ def _by_earlier_code(rows: Sequence[Row]) -> list[str]:
     if not earlier:
         return []
     return [
-        f"Of the {len(rows)} runs {earlier} were made by earlier code: what validates them is that "
+        f"Of the {len(rows)} runs {earlier} were made by earlier code, and "
         "`make eval` repeats a sample of the others.",
         "",
     ]
