@@ -68,6 +68,7 @@ class Controller:
         self._plan_steps = 0
         self._mirrored, self._mirror_steps = "", 0  # who is, and since when
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
+        self._ended = 0  # requests in the averages
         self._average_prompt, self._average_output = 0.0, 0.0
 
     # --- what happened --------------------------------------------------------
@@ -81,12 +82,13 @@ class Controller:
         """Measured steps disagree with predicted ones: plan again."""
         self._replan = True
 
-    def finished(self, view: RequestView) -> None:
-        """A request has ended."""
-        first = not self._average_prompt
-        share = 1.0 if first else AVERAGE_SHARE
-        self._average_prompt += share * (view.prompt_tokens - self._average_prompt)
-        self._average_output += share * (view.generated - self._average_output)
+    def finished(self, view: RequestView, probe: bool = False) -> None:
+        """A request has ended. ``probe``: it asked for life, and says nothing about others."""
+        if not probe:
+            self._ended += 1
+            share = max(AVERAGE_SHARE, 1 / self._ended)
+            self._average_prompt += share * (view.prompt_tokens - self._average_prompt)
+            self._average_output += share * (view.generated - self._average_output)
         self._returning.pop(view.rid, None)
         self._resumed_at.pop(view.rid, None)
 
@@ -186,10 +188,10 @@ class Controller:
     def _balance(self, scene: Scene) -> None:
         """Decoding against prefill, by the requests that have ended; unknown before the first.
 
-        mu = decode seconds / prefill seconds at the memory limit; and the pages up to which those
-        that decode keep their pace beside the prompts of those that take their places.
+        mu = decode seconds / prefill seconds at the memory limit; and how many, in requests and
+        in pages, keep their pace beside the prompts of those that take their places.
         """
-        if not self._average_prompt:
+        if not self._ended:
             return
         size, layers = self.machine.page_size, self.machine.layers
         held = self._average_prompt + self._average_output / 2
@@ -204,10 +206,12 @@ class Controller:
         strictest = min((pace for pace in paces if pace is not None), default=math.inf)
         alone = self.costs.compute_s(1, round(held))
         another = (step - alone) / max(1.0, together - 1)
-        prompt = prefill / max(1.0, self._average_output)  # 0: whoever ended was given up
+        # Who ended may have said less than those that decode have said by now.
+        said = sum(view.generated for view in scene.decoding) / max(1, len(scene.decoding))
+        prompt = prefill / max(1.0, self._average_output, said)
         waiting = len(scene.waiting) + len(scene.prefilling)
-        most = rules.sustained(strictest, alone, another, prompt, waiting)
-        scene.sustained = most * held / size * layers
+        scene.most = rules.sustained(strictest, alone, another, prompt, waiting)
+        scene.sustained = scene.most * held / size * layers
 
     # --- setting aside and bringing back --------------------------------------
 
@@ -336,7 +340,8 @@ class Controller:
         """Whether a newcomer leaves those on time their pace, and their turns in memory."""
         if wants.paused or running == 0 or not self.spec.has("admission"):
             return True
-        if not rules.fits(scene.used, wants.pages, scene.sustained):
+        # Both, for requests may be of another size than those that ended.
+        if running + 1 > scene.most and not rules.fits(scene.used, wants.pages, scene.sustained):
             return False
         if not self.spec.has("pause"):
             return True

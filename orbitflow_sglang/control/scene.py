@@ -26,7 +26,8 @@ class Scene:
     room: float = 0.0  # pages that may be in use together, tails included
     used: int = 0  # by those decoding, prefilling or coming back
     mu: float = math.inf
-    sustained: float = math.inf  # pages in use beyond which prompts cost who decodes its pace
+    most: float = math.inf  # requests decoding, beyond which prompts cost them their pace
+    sustained: float = math.inf  # the same in pages, by the mean of those that ended
     shared: Sequence[UnitView] | None = None  # None: not looked at
     reasons: list[str] = field(default_factory=list)
 

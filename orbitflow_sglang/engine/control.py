@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from orbitflow_sglang.config import flag
@@ -415,7 +416,7 @@ class SchedulerControl:
             view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
         if len(seen) != len(views):
             for rid in views.keys() - seen.keys():
-                self.controller.finished(views[rid])
+                self.controller.finished(views[rid], rid.startswith(HEALTH_CHECK_RID_PREFIX))
             self.views = seen
         return Observation(time.perf_counter(), list(seen.values()), self._units)
 

@@ -63,6 +63,8 @@ def test_costs_are_measured_and_nothing_is_left_of_it(stock: Stock, tmp_path: Pa
         assert fresh["failed_idle_checks"] == 0
         assert fresh["policy"] == "orbitflow"
         answers = running.generate_many(WANTED, CONCURRENCY)
+        # Nothing but health checks has ended so far, and these say nothing about real requests.
+        assert state_of(running)["decode_batch_sizes"].get("2", 0) > 0
         assert_nothing_is_left(running)
     measured = fresh["profile"]
     assert measured["source"] == "measured"

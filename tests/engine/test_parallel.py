@@ -174,13 +174,15 @@ def wait_for_a_pause(server: Server, timeout_s: float = 60.0) -> None:
 
 
 def test_whoever_is_paused_when_all_is_aborted_is_gone_on_both(group: Server) -> None:
-    set_internal_state(group, "orbitflow_pause", 2)
+    set_internal_state(group, "orbitflow_pause", 0)
     with comparing_tables(group) as found:
-        streams = [group.stream(one.input_ids, 400, rid=f"gone-{one.rid}") for one in WORKLOAD[:4]]
+        streams = [group.stream(one.input_ids, 3000, rid=f"gone-{one.rid}") for one in WORKLOAD[:4]]
         for stream in streams:
             next(stream)
+        set_internal_state(group, "orbitflow_hold", 1)
         wait_for_a_pause(group)
         group.abort_all()
+        set_internal_state(group, "orbitflow_hold", 0)
         for stream in streams:
             *_, last = stream
             assert last.finish_reason == "abort"

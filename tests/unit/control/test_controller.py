@@ -283,6 +283,16 @@ def test_when_memory_is_full_who_was_answered_too_late_leaves(policy: str) -> No
     assert controller.decide(Observation(2.0, views, list)).pause == ("late",)
 
 
+def end(
+    controller: Controller, prompt: int, output: int, count: int = 1, probe: bool = False
+) -> None:
+    """``count`` requests of that kind have ended."""
+    for _ in range(count):
+        ended = RequestView("ended", 0.0, SLO(), prompt, 800, phase="decode")
+        ended.times.add(1.0, output)
+        controller.finished(ended, probe)
+
+
 @pytest.mark.parametrize(
     ("policy", "output", "slo", "enters"),
     [  # A prompt of 128 tokens takes 128 ms: 16 ms of each of 8 tokens, 0.16 ms of each of 800.
@@ -298,12 +308,33 @@ def test_a_newcomer_waits_where_prompts_would_cost_who_decodes_the_pace(
     policy: str, output: int, slo: SLO, enters: bool
 ) -> None:
     controller = Controller(find_policy(policy), MACHINE, ConstantCosts(prefill_token_s=1e-3), None)
-    ended = RequestView("ended", 0.0, SLO(), 128, 800, phase="decode", tokens=128 + output)
-    ended.times.add(1.0, output)
-    controller.finished(ended)
+    end(controller, prompt=128, output=output)
     busy = RequestView("busy", 1.0, slo, 128, 40, phase="decode", tokens=129)
     busy.times.add(1.1, 1)
     waiting = [RequestView(f"w{number}", 1.1, slo, 128, 40) for number in range(3)]
+    decision = controller.decide(Observation(1.1, [busy, *waiting], list))
+    assert bool(decision.admit) is enters
+
+
+@pytest.mark.parametrize(
+    ("count", "probe", "prompt", "output", "said", "enters"),
+    [
+        (1, False, 128, 8, 1, False),
+        (9, True, 128, 8, 1, True),  # health checks
+        (9, False, 1, 8, 1, True),  # far smaller ones: the pace bears more of them
+        (1, False, 128, 8, 100, True),  # those that decode say far more
+    ],
+)
+def test_newcomers_do_not_wait_for_what_ended_is_unlike_those_that_are_here(
+    count: int, probe: bool, prompt: int, output: int, said: int, enters: bool
+) -> None:
+    controller = Controller(
+        find_policy("orbitflow"), MACHINE, ConstantCosts(prefill_token_s=1e-3), None
+    )
+    end(controller, prompt, output, count, probe)
+    busy = RequestView("busy", 1.0, SLO(tpot_s=0.04), 128, 200, phase="decode", tokens=128 + said)
+    busy.times.add(1.1, said)
+    waiting = [RequestView(f"w{number}", 1.1, SLO(tpot_s=0.04), 128, 40) for number in range(3)]
     decision = controller.decide(Observation(1.1, [busy, *waiting], list))
     assert bool(decision.admit) is enters
 
@@ -316,9 +347,7 @@ def test_pages_are_copied_ahead_where_memory_keeps_newcomers_out(
     machine = replace(MACHINE, main_pages=int(requests_of_room * 9 * MACHINE.layers))
     controller = Controller(find_policy("orbitflow:no-streaming"), machine,
                             ConstantCosts(prefill_token_s=1e-3), None)  # fmt: skip
-    ended = RequestView("ended", 0.0, SLO(), 128, 8, phase="decode", tokens=136)
-    ended.times.add(1.0, 8)
-    controller.finished(ended)
+    end(controller, prompt=128, output=8)
     views = [RequestView(f"r{number}", 1.1, SLO(tpot_s=0.04), 128, 40) for number in range(5)]
     for view in views[:2]:
         view.phase, view.tokens = "decode", 129
