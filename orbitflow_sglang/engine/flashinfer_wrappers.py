@@ -46,6 +46,7 @@ class TokenSlots:
         """``counts[i]`` pages of request i hold ``tokens[i]`` tokens."""
         self.total = sum(tokens)
         self._page_size = page_size
+        self._slots = torch.zeros(self.total + READ_AHEAD, dtype=torch.int32, device=device)
         if page_size == 1:
             return
         firsts = np.zeros((2, len(tokens)), dtype=np.int64)
@@ -60,13 +61,18 @@ class TokenSlots:
         self._offset = (place % page_size).to(torch.int32)
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Slots of all tokens, int32, and some zeros behind them; ``ids``: of all pages."""
-        slots = torch.zeros(self.total + READ_AHEAD, dtype=torch.int32, device=ids.device)
+        """Slots of all tokens, int32, and some zeros behind them; ``ids``: of all pages.
+
+        The next call overwrites them, behind what was launched to read them: a layer whose pages
+        are its own costs two launches.
+        """
+        slots = self._slots[: self.total]
         if self._page_size == 1:
-            slots[: self.total] = ids
+            slots.copy_(ids)
         else:
-            slots[: self.total] = ids[self._page] * self._page_size + self._offset
-        return slots
+            torch.index_select(ids, 0, self._page, out=slots)
+            torch.add(self._offset, slots, alpha=self._page_size, out=slots)
+        return self._slots
 
 
 class PagedAttention:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,16 @@ def test_every_part_is_asked_for_also_where_nobody_has_a_prefix() -> None:
 def test_slots_are_those_of_the_tokens_in_order(page_size: int) -> None:
     tokens = [7, 0, 16, 1]
     counts = [-(-t // page_size) for t in tokens]
-    ids = torch.randperm(99)[: sum(counts)].to(torch.int32)
-    found = TokenSlots(counts, tokens, page_size, torch.device("cpu")).of(ids)
-    wanted, ends = [], [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    for (begin, end), length in zip(pairwise(ends), tokens, strict=True):
-        slots = [int(i) * page_size + j for i in ids[begin:end] for j in range(page_size)]
-        wanted += slots[:length]
-    assert found[: len(wanted)].tolist() == wanted
-    assert found.dtype == torch.int32 and len(found) == len(wanted) + READ_AHEAD
+    ends = [0, *accumulate(counts)]
+    step = TokenSlots(counts, tokens, page_size, torch.device("cpu"))
+    for _ in range(2):  # layers
+        ids = torch.randperm(99)[: sum(counts)].to(torch.int32)
+        found, wanted = step.of(ids), []
+        for (begin, end), length in zip(pairwise(ends), tokens, strict=True):
+            slots = [int(i) * page_size + j for i in ids[begin:end] for j in range(page_size)]
+            wanted += slots[:length]
+        assert found.tolist() == wanted + [0] * READ_AHEAD
+        assert found.dtype == torch.int32
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -105,7 +105,7 @@ def test_the_self_test_notices_when_runs_no_longer_look_at_the_attribute(
     read = kind._read
 
     def keeps_the_first(wrapper: object, kv_cache: object) -> object:
-        first.append(wrapper._paged_kv_indices_buf)  # type: ignore[attr-defined]
+        first.append(wrapper._paged_kv_indices_buf.clone())  # type: ignore[attr-defined]
         wrapper._paged_kv_indices_buf = first[0]  # type: ignore[attr-defined]
         return read(wrapper, kv_cache)
 
