@@ -1,6 +1,7 @@
 """The kernels of ``pages.cu`` in Triton: where there is no nvcc, and to check one by the other.
 
-Loops are bounded by compile-time constants and masked, so that Triton's interpreter runs them
+Copies are made by as many programs as are started, however many the pages: few leave the others
+of a GPU's processors to the model. Loops are ``while`` loops, which Triton's interpreter runs
 whatever the version of NumPy.
 """
 
@@ -11,41 +12,42 @@ import triton.language as tl
 
 
 @triton.jit
+def _copy(target, source, words, BLOCK: tl.constexpr):
+    word = 0
+    while word < words:
+        place = word + tl.arange(0, BLOCK)
+        mask = place < words
+        tl.store(target + place, tl.load(source + place, mask=mask), mask=mask)
+        word += BLOCK
+
+
+@triton.jit
 def copy_pages_kernel(
-    target, source, target_ids, source_ids, count, words, BLOCK: tl.constexpr, STEPS: tl.constexpr
+    target, source, target_ids, source_ids, count, words, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Program p copies word block p % blocks of one page; ids and ``count`` are in memory."""
-    page = tl.program_id(0)
-    block = tl.program_id(1)
+    """Program p copies page p and every so many behind it; ids and ``count`` are in memory."""
     pages = tl.load(count)
-    origin = tl.load(source_ids + page).to(tl.int64)  # there are as many as programs
-    goal = tl.load(target_ids + page).to(tl.int64)
-    end = tl.where(page < pages, words, 0)
-    end = tl.where(origin >= 0, end, 0)
-    for step in tl.static_range(STEPS):
-        word = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        mask = word < end
-        values = tl.load(source + origin * words + word, mask=mask)
-        tl.store(target + goal * words + word, values, mask=mask)
+    page = tl.program_id(0)
+    while page < pages:
+        origin = tl.load(source_ids + page).to(tl.int64)
+        goal = tl.load(target_ids + page).to(tl.int64)
+        wanted = tl.where(origin >= 0, words, 0)
+        _copy(target + goal * words, source + origin * words, wanted, BLOCK)
+        page += tl.num_programs(0)
 
 
 @triton.jit
 def copy_rows_kernel(
-    target, source, target_ids, first_rows, count, words, words_per_row,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    target, source, target_ids, first_rows, count, words, words_per_row, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Page i of ``target`` is made of the rows of ``source`` from ``first_rows[i]`` on."""
-    page = tl.program_id(0)
-    block = tl.program_id(1)
     pages = tl.load(count)
-    origin = tl.load(first_rows + page).to(tl.int64) * words_per_row
-    goal = tl.load(target_ids + page).to(tl.int64)
-    end = tl.where(page < pages, words, 0)
-    for step in tl.static_range(STEPS):
-        word = (block * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        mask = word < end
-        values = tl.load(source + origin + word, mask=mask)
-        tl.store(target + goal * words + word, values, mask=mask)
+    page = tl.program_id(0)
+    while page < pages:
+        origin = tl.load(first_rows + page).to(tl.int64) * words_per_row
+        goal = tl.load(target_ids + page).to(tl.int64)
+        _copy(target + goal * words, source + origin, words, BLOCK)
+        page += tl.num_programs(0)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ PREBUILT_ENV = "ORBITFLOW_KERNELS"  # a library that was compiled elsewhere
 CUDA_ALIGNMENT = 16  # bytes that the CUDA kernels copy at once
 COPY_BLOCKS = 32  # thread blocks of a copy: enough to fill a link, few of a GPU's processors
 INDEX_BLOCKS = 4  # for each layer of each request
-TRITON_BLOCK, TRITON_STEPS = 512, 4
+TRITON_BLOCK = 1024  # words, of at most 8 bytes, that a program has on their way at once
 
 
 class PageKernels(Protocol):
@@ -137,9 +137,8 @@ class TritonKernels:
         count: torch.Tensor,
     ) -> None:
         goal, origin = _as_words(target), _as_words(source)
-        words = goal.shape[1]
-        self._module.copy_pages_kernel[self._grid(len(target_ids), words)](
-            goal, origin, target_ids, source_ids, count, words, TRITON_BLOCK, TRITON_STEPS
+        self._module.copy_pages_kernel[(COPY_BLOCKS,)](
+            goal, origin, target_ids, source_ids, count, goal.shape[1], TRITON_BLOCK
         )
 
     def copy_rows(
@@ -152,9 +151,9 @@ class TritonKernels:
     ) -> None:
         goal, origin = _as_words(target), _as_words(source)
         words = goal.shape[1]
-        self._module.copy_rows_kernel[self._grid(len(target_ids), words)](
+        self._module.copy_rows_kernel[(COPY_BLOCKS,)](
             goal, origin, target_ids, first_rows, count, words, words // target.shape[1],
-            TRITON_BLOCK, TRITON_STEPS,
+            TRITON_BLOCK,
         )  # fmt: skip
 
     def layer_indices(
@@ -172,10 +171,6 @@ class TritonKernels:
             indices, indices.stride(0), table, table.shape[1], req_to_token,
             req_to_token.stride(0), rows, indptr, page_size, TRITON_BLOCK,
         )  # fmt: skip
-
-    @staticmethod
-    def _grid(pages: int, words: int) -> tuple[int, int]:
-        return max(1, pages), -(-words // (TRITON_BLOCK * TRITON_STEPS))
 
 
 class CUDAKernels:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.unit
 SCRIPT = """
 import itertools
 import torch
+from orbitflow_sglang.residency import kernels
 from orbitflow_sglang.residency.kernels import TorchKernels, TritonKernels
 
 ours, reference = TritonKernels(), TorchKernels()
@@ -28,6 +29,8 @@ def pages(count, size, dtype):
 def ids(*values):
     return torch.tensor(values, dtype=torch.int32)
 
+kernels.COPY_BLOCKS = 2  # fewer programs than pages
+kernels.TRITON_BLOCK = 256  # and less than a page at once
 for dtype, size in itertools.product((torch.float32, torch.bfloat16), (1, 16, 64)):
     for target_ids, source_ids, count in (
         (ids(3, 0, 4), ids(1, 5, 2), 3),
@@ -37,15 +40,15 @@ for dtype, size in itertools.product((torch.float32, torch.bfloat16), (1, 16, 64
     ):
         source, before = pages(6, size, dtype), pages(5, size, dtype)
         wanted, found = before.clone(), before.clone()
-        for kernels, target in ((reference, wanted), (ours, found)):
-            kernels.copy_pages(target, source, target_ids, source_ids, ids(count))
+        for copier, target in ((reference, wanted), (ours, found)):
+            copier.copy_pages(target, source, target_ids, source_ids, ids(count))
         assert torch.equal(wanted, found), (dtype, size, count)
         assert count == 0 or not torch.equal(found, before)
     rows = torch.randn((4 * size + 3, 2, 12), generator=chance).to(dtype)
     wanted = pages(5, size, dtype)
     found = wanted.clone()
-    for kernels, target in ((reference, wanted), (ours, found)):
-        kernels.copy_rows(target, rows, ids(4, 1), ids(2, size + 3), ids(2))
+    for copier, target in ((reference, wanted), (ours, found)):
+        copier.copy_rows(target, rows, ids(4, 1), ids(2, size + 3), ids(2))
     assert torch.equal(wanted, found)
     assert torch.equal(found[4], rows[2 : 2 + size])
 
@@ -55,8 +58,8 @@ req_to_token = torch.randint(0, 50, (6, 1200), generator=chance, dtype=torch.int
 rows, indptr = ids(4, 0, 2), ids(0, 260, 260, 277)
 wanted = torch.zeros((layers, 300), dtype=torch.int32)
 found = wanted.clone()
-for kernels, indices in ((reference, wanted), (ours, found)):
-    kernels.layer_indices(indices, table, req_to_token, rows, indptr, size)
+for indexer, indices in ((reference, wanted), (ours, found)):
+    indexer.layer_indices(indices, table, req_to_token, rows, indptr, size)
 assert torch.equal(wanted, found) and found[:, 276].any() and not found[:, 277:].any()
 assert int(found[2, 1]) == int(table[2, int(req_to_token[4, size]) // size])
 print("equal")
@@ -82,8 +85,6 @@ def test_triton_kernels_compile_for_gpus_that_are_not_here(capability: int) -> N
                            ("layer_indices_kernel", 5)):  # fmt: skip
         kernel = getattr(module, name)
         constants = {"BLOCK": kernels.TRITON_BLOCK}
-        if "STEPS" in kernel.arg_names:
-            constants["STEPS"] = kernels.TRITON_STEPS
         wide = ("target", "source")
         numbers = ("words", "words_per_row", "stride", "pages", "row_tokens", "page_size")
         signature = {
