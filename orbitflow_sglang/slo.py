@@ -10,13 +10,13 @@ p the smaller of the TPOT and TBT targets. The deposit is what it is ahead of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 REQUEST_KEY = "orbitflow"  # in custom_params
+LEAST_MS, MOST_MS = 1e-3, 1e9  # of a target: beyond, sums overflow
 TARGETS = ("ttft_slo_ms", "tpot_slo_ms", "tbt_slo_ms")
 PACE = 0.95  # share of p at which paced tokens leave: a little early, so that none is late
 STRICT_GAP_S = 1.0  # a longer gap between two tokens is a stall to whoever reads along
@@ -77,8 +77,11 @@ def request_slo(custom_params: object, default: SLO) -> SLO:
             values[key] = value
         elif key in TARGETS:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
-                raise SLOError(f"{where} must be a number of milliseconds above 0, got {value!r}")
+            if not number or not LEAST_MS <= value <= MOST_MS:
+                raise SLOError(
+                    f"{where} must be a number of milliseconds from {LEAST_MS:g} to {MOST_MS:g}, "
+                    f"got {value!r}"
+                )
             values[key.removesuffix("slo_ms") + "s"] = value / 1e3
         else:
             raise SLOError(f"{where}: no such key; there are {', '.join(TARGETS)} and deposit")

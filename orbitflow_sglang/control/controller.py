@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from orbitflow_sglang.control import rules
+from orbitflow_sglang.control.balance import Balance
 from orbitflow_sglang.control.planning import WINDOW_STEPS, Planning, Worker, placement_of
 from orbitflow_sglang.control.policies import PolicySpec
 from orbitflow_sglang.control.prompts import PrefillCosts, Prompts
@@ -24,11 +25,11 @@ from orbitflow_sglang.control.view import (
     Observation,
     RequestView,
     StepDecision,
+    UnitView,
 )
 from orbitflow_sglang.planner.problem import IntArray, PlanningProblem
 
 MIN_RUN_STEPS = 4  # that a request decodes between two pauses
-AVERAGE_SHARE = 0.1  # of a finished request in the averages
 REMEMBERED_REASONS = 64
 
 
@@ -64,12 +65,14 @@ class Controller:
         self._resumed_at: dict[str, int] = {}  # tokens generated when last resumed
         self._grants = 0
         self._prompts = Prompts(spec, machine, costs)
+        self._ordered: list[Candidacy] = []
+        self._granted: set[str] = set()
         self._replan = False
         self._plan_steps = 0
         self._mirrored, self._mirror_steps = "", 0  # who is, and since when
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
-        self._ended = 0  # requests in the averages
-        self._average_prompt, self._average_output = 0.0, 0.0
+        self._balance = Balance(machine, costs)
+        self._shared: list[UnitView] = []  # as last looked at
 
     # --- what happened --------------------------------------------------------
 
@@ -85,10 +88,8 @@ class Controller:
     def finished(self, view: RequestView, probe: bool = False) -> None:
         """A request has ended. ``probe``: it asked for life, and says nothing about others."""
         if not probe:
-            self._ended += 1
-            share = max(AVERAGE_SHARE, 1 / self._ended)
-            self._average_prompt += share * (view.prompt_tokens - self._average_prompt)
-            self._average_output += share * (view.generated - self._average_output)
+            self._balance.ended(view)
+        self._shared.clear()  # another may come by the same name
         self._returning.pop(view.rid, None)
         self._resumed_at.pop(view.rid, None)
 
@@ -99,11 +100,12 @@ class Controller:
         if self.spec.overflow == "retract" and not self.spec.rules:
             return NOTHING  # SGLang decides everything
         scene = Scene.of(obs)
+        scene.shared = self._shared
         crowded = bool(scene.waiting or scene.prefilling or scene.paused)
         if (
             not crowded
             and self._placed is None
-            and self._pages(scene.decoding) <= self.machine.main_pages
+            and self._used(scene, scene.decoding) <= self.machine.main_pages
         ):
             return NOTHING
         self._weigh(scene, obs)
@@ -155,7 +157,7 @@ class Controller:
         scene.step_s = max(scene.compute_s, self.costs.step_s(batch, context))
         scene.hidden_pages = scene.compute_s / max(1e-12, self.costs.page_transfer_s)
         self.hidden_pages = scene.hidden_pages
-        self._balance(scene)
+        self._balance.weigh(scene, spec.has("admission"))
         rho = scene.hidden_pages / machine.main_pages
         aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
         if spec.streaming == "hidden":
@@ -168,9 +170,11 @@ class Controller:
             scene.room = math.inf
         else:
             scene.room = machine.main_pages + scene.budget_pages
-        if self._pages([*scene.decoding, *scene.prefilling, *scene.paused]) > scene.room:
-            scene.shared = [unit for unit in obs.units() if len(unit.users) > 1]
+        if self._pages(obs.requests) > scene.room:
+            self._shared = [unit for unit in obs.units() if len(unit.users) > 1]
+            scene.shared = self._shared
         self._returning = {v.rid: None for v in scene.paused if v.rid in self._returning}
+        scene.read = self._pages(self._active(scene))
         scene.used = self._used(scene, self._active(scene))
         scene.used += self._reserved([*scene.decoding, *scene.prefilling])
 
@@ -184,34 +188,6 @@ class Controller:
     def _active(self, scene: Scene) -> list[RequestView]:
         back = [view for view in scene.paused if view.rid in self._returning]
         return [*scene.decoding, *scene.prefilling, *back]
-
-    def _balance(self, scene: Scene) -> None:
-        """Decoding against prefill, by the requests that have ended; unknown before the first.
-
-        mu = decode seconds / prefill seconds at the memory limit; and how many, in requests and
-        in pages, keep their pace beside the prompts of those that take their places.
-        """
-        if not self._ended:
-            return
-        size, layers = self.machine.page_size, self.machine.layers
-        held = self._average_prompt + self._average_output / 2
-        together = max(1.0, self.machine.main_pages / layers * size / held)
-        step = self.costs.compute_s(round(together), round(together * held))
-        prefill = self.costs.prefill_s(round(self._average_prompt), 0)
-        scene.mu = self._average_output * step / max(1e-9, prefill * together)
-        if not self.spec.has("admission"):
-            return
-        served = [*scene.decoding, *scene.prefilling, *scene.waiting]
-        paces = [view.slo.pace_s for view in served if not lost(view, scene)]
-        strictest = min((pace for pace in paces if pace is not None), default=math.inf)
-        alone = self.costs.compute_s(1, round(held))
-        another = (step - alone) / max(1.0, together - 1)
-        # Who ended may have said less than those that decode have said by now.
-        said = sum(view.generated for view in scene.decoding) / max(1, len(scene.decoding))
-        prompt = prefill / max(1.0, self._average_output, said)
-        waiting = len(scene.waiting) + len(scene.prefilling)
-        scene.most = rules.sustained(strictest, alone, another, prompt, waiting)
-        scene.sustained = scene.most * held / size * layers
 
     # --- setting aside and bringing back --------------------------------------
 
@@ -258,46 +234,62 @@ class Controller:
         return gone
 
     def _set_aside(self, scene: Scene, gone: Sequence[str], victim: Candidate, why: str) -> None:
-        scene.used = self._used(scene, [v for v in self._active(scene) if v.rid not in gone])
+        left = [view for view in self._active(scene) if view.rid not in gone]
+        scene.used, scene.read = self._used(scene, left), self._pages(left)
         scene.reasons.append(f"pause {victim.rid}: {why}; ahead by {victim.deposit_s:.3f} s")
 
     def _wanting(self, scene: Scene) -> list[Candidacy]:
-        wanting = []
+        active = {view.rid for view in self._active(scene)}
         late = self._prompts.late_in_line(scene)
-        looked_at = self.spec.has("ordering") or self.spec.has("pause")
-        for view in scene.waiting:
-            slack = 0.0
-            if looked_at:
-                slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
-            pages = self._pages([view]) + self._reserved([view])
-            wanting.append(
-                Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, False)
-            )
+        wanting = [self._newcomer(view, scene, late) for view in scene.waiting]
         for view in scene.paused:
             if not view.settled or view.rid in self._returning:
                 continue
-            able = self._candidate(view, scene)
-            paced = able.paced and not able.late
-            slack = able.deposit_s - able.reload_s if paced else (-1.0 if able.late else 0.0)
+            read = self._pages([view])
+            there = sum(
+                unit.pages * self.machine.layers
+                for unit in scene.shared
+                if view.rid in unit.users and not active.isdisjoint(unit.users)
+            )
+            slack, owed = self._to_go_on(self._candidate(view, scene))
             since = scene.now if view.paused_s is None else view.paused_s
-            pages = self._pages([view])
-            owed = not able.paced and not able.late
-            wanting.append(Candidacy(view.rid, since, view.arrival_s, slack, pages, True, owed))
+            wanting.append(
+                Candidacy(view.rid, since, view.arrival_s, slack, read - there, True, owed, read)
+            )
         return wanting
+
+    def _newcomer(self, view: RequestView, scene: Scene, late: Collection[str]) -> Candidacy:
+        slack, owed = 0.0, False
+        if view.first_token_s is not None:  # SGLang has retracted it
+            able = self._candidate(view, scene)
+            slack, owed = self._to_go_on(able._replace(reload_s=self._prompts.left_s(view)))
+        elif self.spec.has("ordering") or self.spec.has("pause"):
+            slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
+        read = self._pages([view])
+        pages = read - view.shared_tokens // self.machine.page_size * self.machine.layers
+        pages += self._reserved([view])
+        return Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, owed, read)
+
+    @staticmethod
+    def _to_go_on(able: Candidate) -> tuple[float, bool]:
+        """Slack of somebody whose client has tokens already, and whether it is owed the next."""
+        if able.late:
+            return -1.0, False
+        if able.paced:
+            return able.deposit_s - able.reload_s, False
+        return (math.inf, False) if math.isinf(able.pace_s) else (0.0, True)
 
     def _grant(self, scene: Scene, gone: Sequence[str]) -> list[str]:
         """Let those in as far as there is room; may set others aside for an urgent one."""
-        spec = self.spec
         wanting = self._wanting(scene)
-        if spec.has("ordering"):
+        if self.spec.has("ordering"):
             ordered = rules.by_slack(wanting, self._grants)
         else:
             ordered = rules.by_arrival(wanting)
         if not (scene.decoding or scene.prefilling or self._returning):
             # Nothing runs: a newcomer may have no slots until somebody paused gives up theirs.
             ordered.sort(key=lambda wants: not wants.paused)
-        self._ordered = ordered
-        self._granted: set[str] = set()
+        self._ordered, self._granted = ordered, set()
         more: list[str] = []
         running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
         newcomers = True  # until one of them finds no room: then it is kept for that one
@@ -321,9 +313,10 @@ class Controller:
                     continue
             running += 1
             scene.used += wants.pages
+            scene.read += wants.read
             self._granted.add(wants.rid)
             if wants.paused:
-                self._grants += 1
+                self.admitted(1)
                 self._returning[wants.rid] = None
                 scene.reasons.append(f"bring back {wants.rid}: slack {wants.slack_s:.3f} s")
         return more
@@ -341,7 +334,7 @@ class Controller:
         if wants.paused or running == 0 or not self.spec.has("admission"):
             return True
         # Both, for requests may be of another size than those that ended.
-        if running + 1 > scene.most and not rules.fits(scene.used, wants.pages, scene.sustained):
+        if running + 1 > scene.most and not rules.fits(scene.read, wants.read, scene.sustained):
             return False
         if not self.spec.has("pause"):
             return True
@@ -349,14 +342,20 @@ class Controller:
 
     def _committed(self, scene: Scene) -> int:
         """Pages that requests with time left need of memory to stay on time."""
-        total = 0.0
+        shares = {view.rid: 1.0 for view in scene.prefilling}
         for view in [*scene.decoding, *scene.paused]:
             pace = view.slo.pace_s
-            if lost(view, scene) and view.rid not in self._returning:
+            can_stay_away = view.phase == "paused" and pace is None
+            if (can_stay_away or lost(view, scene)) and view.rid not in self._returning:
                 continue
             paced = view.slo.deposit and pace is not None and self.spec.has("deposit")
-            total += self._pages([view]) * rules.committed_share(scene.step_s, pace or 0.0, paced)
-        return int(total) + self._pages(scene.prefilling)
+            shares[view.rid] = rules.committed_share(scene.step_s, pace or 0.0, paced)
+        views = [*scene.decoding, *scene.paused, *scene.prefilling]
+        total = sum(self._pages([v]) * shares[v.rid] for v in views if v.rid in shares)
+        for unit in scene.shared:  # there while one of them is
+            users = [shares[user] for user in unit.users if user in shares]
+            total -= (sum(users) - max(users, default=0.0)) * unit.pages * self.machine.layers
+        return int(total)
 
     def _make_way(self, scene: Scene, wants: Candidacy, gone: Sequence[str]) -> Candidate | None:
         """Somebody ahead of schedule who leaves for an urgent request, by the pause rule."""
@@ -428,8 +427,13 @@ class Controller:
         return order, frozenset(self._granted & waiting)
 
     def admitted(self, count: int) -> None:
-        """So many waiting requests have started."""
-        self._grants += count
+        """So many requests have started. The turn of who has waited longest stays until it is
+        taken: nobody else's start is counted then, nor counted past it."""
+        to_turn = rules.AGEING_SHARE - 1 - self._grants % rules.AGEING_SHARE
+        if to_turn:
+            self._grants += min(count, to_turn)
+        elif count and self._ordered and self._ordered[0].rid in self._granted:
+            self._grants += 1
 
     # --- placement ------------------------------------------------------------
 

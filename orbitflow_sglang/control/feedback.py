@@ -16,6 +16,7 @@ STEP_WEIGHT = 0.1  # of a new sample in the moving average
 LINK_WEIGHT = 0.2
 PREFILL_WEIGHT = 0.25
 PREFILL_FLOORS = 2.0  # a chunk that takes less than so many smallest steps is no sample
+PREFILL_TOKENS = 64  # nor is one of fewer tokens, however long it took: a health check has one
 ENOUGH_LINK_S = 2e-3  # busy time that makes a sample: shorter ones are mostly timer noise
 DRIFT_THRESHOLD = 0.2  # share that a step is off by
 DRIFT_STEPS = 8  # in a row and in one direction
@@ -85,7 +86,7 @@ class Feedback:
 
         One that took little more than any forward pass does says nothing about its tokens.
         """
-        if not (self.enabled and tokens > 0 and _positive(seconds)):
+        if not (self.enabled and tokens >= PREFILL_TOKENS and _positive(seconds)):
             return
         if seconds < PREFILL_FLOORS * self.compute_s(1, 0):
             return

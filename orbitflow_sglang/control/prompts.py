@@ -41,8 +41,12 @@ class Prompts:
         """Until its first token can no longer be in time; infinite without a deadline."""
         if view.slo.ttft_s is None or view.first_token_s is not None:
             return math.inf
-        left = self._costs.prefill_s(view.prompt_tokens - view.tokens, view.tokens)
-        return view.arrival_s + view.slo.ttft_s - scene.now - left
+        return view.arrival_s + view.slo.ttft_s - scene.now - self.left_s(view)
+
+    def left_s(self, view: RequestView) -> float:
+        """What is left of its prefill, seconds."""
+        there = max(view.tokens, view.cached_tokens)
+        return self._costs.prefill_s(max(0, view.prompt_tokens - there), there)
 
     def late_in_line(self, scene: Scene) -> set[str]:
         """Who waits, is not late yet, and will be behind others' prompts.
@@ -56,12 +60,9 @@ class Prompts:
         for view in scene.waiting:
             slack = self.slack_s(view, scene)
             if 0 <= slack < math.inf:
-                takes = self._costs.prefill_s(view.prompt_tokens, 0)
+                takes = self.left_s(view)
                 line.append(Prompt(view.rid, slack + takes, takes))
-        busy = sum(
-            self._costs.prefill_s(view.prompt_tokens - view.tokens, view.tokens)
-            for view in scene.prefilling
-        )
+        busy = sum(map(self.left_s, scene.prefilling))
         return rules.late_in_line(line, rules.PREFILL_SLOWDOWN * busy)
 
     def chunk(self, scene: Scene, granted: Collection[str]) -> tuple[int | None, bool]:

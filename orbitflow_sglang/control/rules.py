@@ -112,7 +112,8 @@ class Candidacy(NamedTuple):
     slack_s: float  # deadline minus what it takes to get going; infinite: no deadline
     pages: int  # of all layers, once it decodes
     paused: bool
-    owed: bool  # paused although its client sees the stall: comes before newcomers
+    owed: bool  # set aside although its client sees the stall: comes before newcomers
+    read: int = 0  # pages that it adds to what a step reads
 
 
 def by_slack(wanting: Sequence[Candidacy], grants: int) -> list[Candidacy]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from orbitflow_sglang.control.rules import GROWTH_STEPS
+from orbitflow_sglang.control.rules import GROWTH_STEPS, RECOVERY_TOKENS
 from orbitflow_sglang.control.view import Machine, Observation, RequestView, UnitView
 
 
@@ -25,10 +25,12 @@ class Scene:
     budget_pages: int = 0
     room: float = 0.0  # pages that may be in use together, tails included
     used: int = 0  # by those decoding, prefilling or coming back
+    read: int = 0  # by a step of these: what several share once for each
     mu: float = math.inf
+    output: float = math.inf  # tokens of an answer, by those that ended and those that decode
     most: float = math.inf  # requests decoding, beyond which prompts cost them their pace
     sustained: float = math.inf  # the same in pages, by the mean of those that ended
-    shared: Sequence[UnitView] | None = None  # None: not looked at
+    shared: Sequence[UnitView] = ()  # what several use, as last looked at
     reasons: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -55,7 +57,9 @@ def lost(view: RequestView, scene: Scene) -> bool:
     deposit = view.deposit_s(scene.now)
     if deposit >= 0:
         return False
-    left = max(0, view.max_new_tokens - view.generated)
+    # Who sets no limit has one as long as the context: what others say is then the better guess.
+    left = min(view.max_new_tokens, max(scene.output, view.generated + RECOVERY_TOKENS))
+    left = max(0.0, left - view.generated)
     return deposit + left * max(0.0, (view.slo.pace_s or 0.0) - scene.step_s) < 0
 
 
@@ -71,7 +75,7 @@ def pages_ahead(views: Iterable[RequestView], machine: Machine) -> int:
 
 
 def pages_used(scene: Scene, views: Sequence[RequestView], machine: Machine) -> int:
-    """The same with what these requests share counted once, where that was looked at."""
+    """The same with what these requests share counted once, as far as that was looked at."""
     total = pages_ahead(views, machine)
     if scene.shared:
         rids = {view.rid for view in views}

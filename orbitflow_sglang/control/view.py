@@ -25,6 +25,8 @@ class RequestView:
     pausable: bool = True
     phase: Phase = "waiting"
     tokens: int = 0  # with KV
+    cached_tokens: int = 0  # of the prompt, that were or will be found in the radix cache
+    shared_tokens: int = 0  # waiting: those of them that requests in memory use
     times: TokenTimes = field(init=False)  # of tokens as they left the scheduler
     paused_s: float | None = None  # since when
     settled: bool = True  # paused: its last step is over, so that it may come back

@@ -10,7 +10,7 @@ import logging
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,9 @@ from orbitflow_sglang.control.view import (
 from orbitflow_sglang.engine import metrics, pausing, ranks
 from orbitflow_sglang.engine.pausing import Paused
 from orbitflow_sglang.engine.placement import LiveRequest, PlanPlacer, units_of
+from orbitflow_sglang.engine.prefixes import cached_prefix
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.targets import DefaultTargets
 from orbitflow_sglang.slo import SLO, SLOError, request_slo
 
 logger = logging.getLogger(__name__)
@@ -64,14 +66,12 @@ class SchedulerControl:
         runtime: Runtime,
         controller: Controller,
         feedback: Feedback,
-        default_slo: SLO,
-        slo_is_assumed: bool,
+        targets: DefaultTargets,
     ) -> None:
         assert isinstance(runtime.placer, PlanPlacer)
         self.controller = controller
         self.feedback = feedback
-        self.default_slo = default_slo
-        self.slo_is_assumed = slo_is_assumed
+        self.targets = targets
         self.views: dict[str, RequestView] = {}
         self.paused: dict[str, Paused] = {}
         self.decision: StepDecision = NOTHING
@@ -89,6 +89,7 @@ class SchedulerControl:
         self._placer = runtime.placer
         self._launched: _Launched | None = None
         self._held: dict[str, Req] = {}  # with KV, as last observed
+        self._looked_up = 0  # prefixes of waiting requests
         self._grouped: list[tuple[str, bytes]] | None = None  # prompts looked at for shared pages
         self._shared: list[UnitView] = []
 
@@ -261,7 +262,7 @@ class SchedulerControl:
                 vars(req.time_stats).pop(META_KEY, None)
 
     def _targets(self, slo: SLO) -> dict[str, Any]:
-        assumed = self.slo_is_assumed and slo.pace_s == self.default_slo.pace_s
+        assumed = self.targets.assumed and slo.pace_s == self.targets.given.pace_s
         return {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "tbt_s": slo.tbt_s, "assumed": assumed}
 
     def _report(self, req: Req, view: RequestView, ends: bool) -> None:
@@ -335,12 +336,12 @@ class SchedulerControl:
 
     def describe(self) -> dict[str, Any]:
         """What the controller is at, as JSON values. Times in seconds."""
-        controller, slo = self.controller, self.default_slo
+        controller, slo = self.controller, self.targets.of(0)
         planner: Any = controller.planning.worker
         return {
             "rules": sorted(controller.spec.rules),
             "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "tbt_s": slo.tbt_s},
-            "slo_is_assumed": self.slo_is_assumed,
+            "slo_is_assumed": self.targets.assumed,
             "hidden_pages": int(controller.hidden_pages),
             "budget_pages": controller.budget_pages,
             "streamed_pages": controller.streamed_pages,
@@ -396,10 +397,12 @@ class SchedulerControl:
                     continue
                 view = seen[req.rid] = self._view(req)
                 view.phase, view.tokens = "decode", req.kv.kv_allocated_len
+                view.cached_tokens = min(req.cached_tokens, view.prompt_tokens)
                 held[req.rid] = req
         if chunked is not None and not chunked.finished():
             view = seen[chunked.rid] = self._view(chunked)
             view.phase, view.tokens = "prefill", chunked.kv.kv_allocated_len
+            view.cached_tokens = min(chunked.cached_tokens, view.prompt_tokens)
             held[chunked.rid] = chunked
         for rid, paused in self.paused.items():
             view = seen[rid] = self._view(paused.req)
@@ -414,11 +417,20 @@ class SchedulerControl:
             view = seen[req.rid] = self._view(req)
             view.phase, view.tokens = "waiting", 0
             view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        self._look_up_a_prefix(scheduler.waiting_queue)
         if len(seen) != len(views):
             for rid in views.keys() - seen.keys():
                 self.controller.finished(views[rid], rid.startswith(HEALTH_CHECK_RID_PREFIX))
             self.views = seen
         return Observation(time.perf_counter(), list(seen.values()), self._units)
+
+    def _look_up_a_prefix(self, waiting: Sequence[Req]) -> None:
+        """One prompt a step, in turns: what is cached of it changes while it waits."""
+        if waiting:
+            self._looked_up += 1
+            req = waiting[self._looked_up % len(waiting)]
+            found = cached_prefix(self._scheduler.tree_cache, req, self._held.values())
+            self.views[req.rid].cached_tokens, self.views[req.rid].shared_tokens = found
 
     def _view(self, req: Req) -> RequestView:
         view = self.views.get(req.rid)
@@ -427,11 +439,11 @@ class SchedulerControl:
         return view
 
     def _new_view(self, req: Req) -> RequestView:
+        slo = self.targets.of(len(req.origin_input_ids))
         try:
-            slo = request_slo(req.sampling_params.custom_params, self.default_slo)
+            slo = request_slo(req.sampling_params.custom_params, slo)
         except SLOError as error:  # checked at the door, unless it came in by another one
             logger.warning("OrbitFlow: %s: %s", req.rid, error)
-            slo = self.default_slo
         entered = req.time_stats.wait_queue_entry_time
         return RequestView(
             rid=req.rid,

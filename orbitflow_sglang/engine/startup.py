@@ -13,14 +13,12 @@ from orbitflow_sglang.control.view import Machine
 from orbitflow_sglang.engine import memory, ranks
 from orbitflow_sglang.engine.control import SchedulerControl
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.targets import DEFAULT_SLO_SCALE, DefaultTargets
 from orbitflow_sglang.planner.worker import PlannerWorker
-from orbitflow_sglang.slo import SLO
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SLO_SCALE = 2.0
-LEAST_TTFT_S = 1.0
-TYPICAL_TOKENS = 1024  # of a request, for the targets that are derived
+TYPICAL_TOKENS = 1024  # of a request in a full arena, for the pace that is derived
 
 
 def build_control(scheduler: Any, runtime: Runtime, config: OrbitFlowConfig) -> SchedulerControl:
@@ -45,27 +43,28 @@ def build_control(scheduler: Any, runtime: Runtime, config: OrbitFlowConfig) -> 
     feedback = Feedback(profile, enabled=spec.has("feedback"))
     worker = PlannerWorker() if spec.streaming != "none" and ranks.leads() else None
     controller = Controller(spec, machine, feedback, worker)
-    slo, assumed = _default_slo(config, feedback, machine)
-    return SchedulerControl(scheduler, runtime, controller, feedback, slo, assumed)
+    targets = _default_targets(config, feedback, machine)
+    return SchedulerControl(scheduler, runtime, controller, feedback, targets)
 
 
-def _default_slo(config: OrbitFlowConfig, feedback: Feedback, machine: Machine) -> tuple[SLO, bool]:
-    """Targets of requests that give none, and whether they are only assumed.
-
-    A multiple of the step with the arena full and everything resident, and of the unloaded
-    prefill of a prompt of ``TYPICAL_TOKENS``.
-    """
+def _default_targets(config: OrbitFlowConfig, costs: Feedback, machine: Machine) -> DefaultTargets:
+    """Derived ones are a multiple of the step with the arena full and everything resident, and
+    of the unloaded prefill of a request's prompt, by what chunks took so far: what attention
+    adds to a long one is known only once there was one."""
     given = config.given_slo
     if given.ttft_s or given.pace_s:
-        return given, False
+        return DefaultTargets(given)
     scale = DEFAULT_SLO_SCALE if config.slo_scale is None else config.slo_scale
     tokens = machine.main_pages // machine.layers * machine.page_size
     batch = max(1, min(machine.max_running, tokens // TYPICAL_TOKENS))
-    tpot = scale * feedback.compute_s(batch, tokens)
-    ttft = max(LEAST_TTFT_S, scale * feedback.prefill_s(min(tokens, TYPICAL_TOKENS)))
-    slo = replace(given, ttft_s=ttft, tpot_s=tpot)
+    tpot = scale * costs.compute_s(batch, tokens)
+    targets = DefaultTargets(
+        replace(given, tpot_s=tpot), scale, costs.prefill_s, config.slo_scale is None
+    )
     logger.info(
-        "OrbitFlow assumes TTFT %.2f s and TPOT %.4f s as targets (%s, %s)",
-        ttft, tpot, flag("slo_scale"), flag("tpot_slo_ms"),
+        "OrbitFlow assumes TPOT %.4f s and TTFT %.2f s of %d tokens, %.2f s of %d, as targets "
+        "(%s, %s)",
+        tpot, targets.of(TYPICAL_TOKENS).ttft_s, TYPICAL_TOKENS, targets.of(tokens).ttft_s, tokens,
+        flag("slo_scale"), flag("tpot_slo_ms"),
     )  # fmt: skip
-    return slo, config.slo_scale is None
+    return targets

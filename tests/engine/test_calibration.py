@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def assert_sensible(profile: Mapping[str, Any]) -> None:
         assert 0 < profile[link]["bytes_per_s"] <= LINK_GB_PER_S * 1e9 * 1.02
 
 
+def most_together(running: Server) -> int:
+    """How many of twelve decode together that have half an arena in common, and little else."""
+    lax = {"orbitflow": {"ttft_slo_ms": 1e6, "tpot_slo_ms": 1e5}}
+    prefix = [7] * 1024
+
+    def one(number: int) -> None:
+        running.generate([*prefix, *[100 + number] * 10], 32, custom_params=lax)
+
+    one(0)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(one, range(12)))
+    return max(map(int, state_of(running)["decode_batch_sizes"]))
+
+
 def test_costs_are_measured_and_nothing_is_left_of_it(stock: Stock, tmp_path: Path) -> None:
     with server(tmp_path, *SLOW_LINK) as running:
         fresh = state_of(running)
@@ -65,6 +80,7 @@ def test_costs_are_measured_and_nothing_is_left_of_it(stock: Stock, tmp_path: Pa
         answers = running.generate_many(WANTED, CONCURRENCY)
         # Nothing but health checks has ended so far, and these say nothing about real requests.
         assert state_of(running)["decode_batch_sizes"].get("2", 0) > 0
+        assert most_together(running) >= 6
         assert_nothing_is_left(running)
     measured = fresh["profile"]
     assert measured["source"] == "measured"
@@ -122,10 +138,15 @@ def test_what_never_plans_measures_nothing_and_a_given_file_is_used(
     given.write_bytes(PROFILE.dump())
     with server(folder, *SIZES, "--orbitflow-profile", str(given), policy=policy) as running:
         profile = state_of(running)["profile"]
+        short, long = (running.generate([7] * tokens, 2).meta["orbitflow"] for tokens in (16, 3000))
     assert not folder.exists()
     if policy == "static:1":
         assert profile is None
     else:
+        # Nobody gave targets: twice the prefill of that prompt, by what was given, 1 s at least.
+        assert short["slo"]["ttft_s"] == 1
+        assert long["slo"]["ttft_s"] == pytest.approx(2 * 3000 / PROFILE.prefill_tokens_per_s)
+        assert short["slo"]["assumed"] and long["slo"]["assumed"]
         assert profile["source"] == "file"
         assert profile["compute"]["constant_s"] == PROFILE.compute.constant_s
         assert profile["prefill_tokens_per_s"] == PROFILE.prefill_tokens_per_s

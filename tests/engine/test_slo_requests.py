@@ -132,7 +132,8 @@ print("CROSSED")
 def test_an_engine_refuses_and_the_schedulers_part_crosses_processes() -> None:
     run = run_python("-c", WITHOUT_A_SERVER)
     assert run.returncode == 0, run.stderr[-2000:]
-    message = "custom_params.orbitflow.tpot_slo_ms must be a number of milliseconds above 0, got 0"
+    field = "custom_params.orbitflow.tpot_slo_ms"
+    message = f"{field} must be a number of milliseconds from 0.001 to 1e+09, got 0"
     refused = [line for line in run.stdout.splitlines() if line.startswith("REFUSED")]
     assert refused == [f"REFUSED {message}", f"REFUSED sampling_params[1]: {message}"]
     assert "CROSSED" in run.stdout

@@ -38,7 +38,8 @@ def test_what_a_request_gives_wins_and_the_rest_is_the_servers() -> None:
 
 @pytest.mark.parametrize("key", ["ttft_slo_ms", "tpot_slo_ms", "tbt_slo_ms"])
 @pytest.mark.parametrize(
-    "value", [0, -1, float("nan"), float("inf"), True, "50", None, [50], {"ms": 50}]
+    "value",
+    [0, 1e-322, -1, 1e308, 10**400, float("nan"), float("inf"), True, "50", None, [50], {"ms": 50}],
 )
 def test_a_target_that_is_no_number_above_0_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(SLOError, match=rf"^custom_params\.orbitflow\.{key} must be a number"):

@@ -300,7 +300,7 @@ def end(
         ("orbitflow", 800, SLO(tpot_s=0.04), True),
         ("orbitflow", 8, SLO(tpot_s=0.1), True),
         ("orbitflow", 8, SLO(), True),
-        ("orbitflow", 0, SLO(tpot_s=0.04), False),  # aborted before its first token
+        ("orbitflow", 0, SLO(tpot_s=0.04), True),  # aborted before its first token: unknown
         ("orbitflow:no-admission", 8, SLO(tpot_s=0.04), True),
     ],
 )

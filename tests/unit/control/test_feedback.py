@@ -133,7 +133,7 @@ def test_little_that_was_moved_is_added_up_before_it_counts() -> None:
 LEAST_S = PREFILL_FLOORS * PROFILE.compute.step_s(1, 0)
 
 
-@given(st.floats(LEAST_S, 100), st.integers(1, 4096), st.integers(0, 100_000))
+@given(st.floats(LEAST_S, 100), st.integers(64, 4096), st.integers(0, 100_000))
 def test_prefill_follows_chunks(seconds: float, tokens: int, context: int) -> None:
     feedback = Feedback(PROFILE)
     for _ in range(120):
@@ -145,7 +145,8 @@ def test_a_chunk_that_any_forward_pass_takes_as_long_as_says_nothing() -> None:
     feedback = Feedback(PROFILE)
     before = feedback.prefill_s(1000)
     for _ in range(60):
-        feedback.prefill_chunk(16, 1.9 * feedback.compute_s(1, 0))
+        feedback.prefill_chunk(160, 1.9 * feedback.compute_s(1, 0))
+        feedback.prefill_chunk(1, 10.0)  # a health check, and a hiccup
     assert feedback.prefill_s(1000) == before
 
 
