@@ -90,10 +90,10 @@ CONTROLLER_SERIES = (
     Series("waiting_longest_seconds", "gauge", "Longest that a request waits for its prefill."),
     Series(
         "deposit_least_seconds", "gauge",
-        "Least lead of a running request over its TPOT target; below 0: behind.",
+        "Least lead of a running or paused request over its TPOT target; below 0: behind.",
     ),
     Series("deposit_median_seconds", "gauge", "Median of the same."),
-    Series("behind_requests", "gauge", "Running requests that are behind their TPOT target."),
+    Series("behind_requests", "gauge", "Running or paused requests behind their TPOT target."),
 )  # fmt: skip
 
 # Which requests each series counts, by what is left of its name between slo_ and _total.

@@ -32,7 +32,8 @@ OBJECTS = {
     "req": "sglang.srt.managers.schedule_batch.Req",
     "forward_batch": "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
     "layer": "sglang.srt.layers.radix_attention.RadixAttention",
-    "core": "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface",
+    "core": "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface."
+    "UnifiedTreeCoreInterface",
     "manager": "sglang.srt.managers.tokenizer_manager.TokenizerManager",
     "state": "sglang.srt.managers.tokenizer_manager.ReqState",
     "dp_controller": "sglang.srt.managers.data_parallel_controller.DataParallelController",
