@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from orbitflow_sglang.control.policies import POLICY_HELP, RULES, PolicySpec, find_policy
-from orbitflow_sglang.slo import SLO
+from orbitflow_sglang.slo import LEAST_MS, MOST_MS, SLO, TARGETS
 
 CONFIG_ENV = "ORBITFLOW_CONFIG"
 TORCH, FLASHINFER = "orbitflow_torch", "orbitflow_flashinfer"
@@ -59,6 +59,13 @@ class OrbitFlowConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{flag(name)} must be above 0, got {value}")
+        for name in TARGETS:
+            value = getattr(self, name)
+            if value is not None and not LEAST_MS <= value <= MOST_MS:
+                raise ConfigError(
+                    f"{flag(name)} must be from {LEAST_MS:g} to {MOST_MS:g} ms, got {value}: leave "
+                    "it out for no target"
+                )
         if self.arena_fraction is not None and self.arena_fraction > 1:
             raise ConfigError(
                 f"{flag('arena_fraction')} is a share of the profiled KV budget: "

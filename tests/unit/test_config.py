@@ -50,6 +50,8 @@ WRONG_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("--orbitflow-disable", "no rules", {"policy": "static:1", "disable": ("pause",)}),
     ("--orbitflow-tpot-slo-ms", "above 0", {"tpot_slo_ms": 0.0}),
     ("--orbitflow-tbt-slo-ms", "above 0", {"tbt_slo_ms": -1.0}),
+    ("--orbitflow-tpot-slo-ms", "no target", {"tpot_slo_ms": 1e-322}),
+    ("--orbitflow-ttft-slo-ms", "no target", {"ttft_slo_ms": 1e308}),
     ("--orbitflow-ttft-slo-ms", "a number", {"ttft_slo_ms": float("nan")}),
     ("--orbitflow-slo-scale", "above 0", {"slo_scale": 0.0}),
     ("--orbitflow-slo-scale", "derives all", {"slo_scale": 2.0, "tpot_slo_ms": 50.0}),
