@@ -411,9 +411,11 @@ class Controller:
 
     def _short(self, scene: Scene) -> bool:
         """Whether memory, and not the pace of those that decode, keeps somebody waiting."""
-        waiting = (view for view in scene.waiting if view.rid not in self._granted)
-        needed = (scene.used + self._pages([view]) for view in waiting)
-        return any(pages <= scene.sustained or pages > scene.room for pages in needed)
+        left = [w for w in self._ordered if not (w.paused or w.rid in self._granted)]
+        return any(
+            scene.read + w.read <= scene.sustained or scene.used + w.pages > scene.room
+            for w in left
+        )
 
     # --- prefill --------------------------------------------------------------
 

@@ -58,10 +58,11 @@ class Prompts:
             return set()
         line = []
         for view in scene.waiting:
-            slack = self.slack_s(view, scene)
-            if 0 <= slack < math.inf:
-                takes = self.left_s(view)
-                line.append(Prompt(view.rid, slack + takes, takes))
+            if view.slo.ttft_s is None or view.first_token_s is not None:
+                continue
+            takes, due = self.left_s(view), view.arrival_s + view.slo.ttft_s - scene.now
+            if takes <= due:
+                line.append(Prompt(view.rid, due, takes))
         busy = sum(map(self.left_s, scene.prefilling))
         return rules.late_in_line(line, rules.PREFILL_SLOWDOWN * busy)
 
