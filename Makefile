@@ -14,6 +14,8 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
+# All that starts servers in one process, one after another; what needs none in the other.
+PARALLEL := -n 2 --dist loadgroup
 
 .PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test gpu-bundle \
   bench-overhead bench-stream bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean
@@ -56,7 +58,7 @@ demo: setup ## long requests at once, with layers on device and host, against st
 
 # A test's limit includes the start of the server that it is the first to use.
 test: setup lint ## lint, types and tests
-	$(OFFLINE) $(PY) -m pytest --timeout 900 --durations 25 $(ARGS)
+	$(OFFLINE) $(PY) -m pytest $(PARALLEL) --timeout 900 --durations 25 $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
@@ -66,7 +68,7 @@ lint: setup
 test-full: setup ## every test that can run here, in full; writes eval/results/identity/
 	ORBITFLOW_TEST_FULL=1 ORBITFLOW_TEST_SUMMARY=eval/results/identity/summary.json \
 	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
-	  $(PY) -m pytest --timeout 3600 $(ARGS)
+	  $(PY) -m pytest $(PARALLEL) --timeout 3600 $(ARGS)
 
 gpu-check: gpu-test ## gpu-test, then eval-gpu, which goes on where it was
 	@$(MAKE) eval-gpu ARGS="--resume"

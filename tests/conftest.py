@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker(_kind_of(item.path))
+        if item.get_closest_marker("engine"):  # one server at a time
+            item.add_marker(pytest.mark.xdist_group("engine"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and (reason := _why_no_gpu()):
         for item in on_gpu:
