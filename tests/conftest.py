@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from eval.identity import Comparison, write_summary  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in KINDS):

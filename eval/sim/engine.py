@@ -38,7 +38,6 @@ from orbitflow_sglang.planner.problem import IntArray
 
 IDLE_S = 1e-3  # that a scheduler with nothing to run waits before it looks again
 MOST_IDLE = 100_000
-PLACING_RING_SHARE = 8  # as the server's default: an eighth of the arena, or 1 / (2 layers)
 RATIO_DIGITS = 3  # to which step times of the recurrence are looked up
 
 
@@ -74,7 +73,7 @@ class Simulation:
         self.retractions = 0
         self.errors: list[tuple[float, float]] = []  # predicted and measured decode steps, s
         hardware, spills = self.hardware, self.spec.spills
-        ring = self._ring_pages() if spills else 0
+        ring = self.spec.ring_pages(hardware.arena_pages, hardware.layers)
         extra = 0 if setup.ring_counted else ring
         self.memory = Memory(
             arena_pages=hardware.arena_pages + extra,
@@ -111,11 +110,6 @@ class Simulation:
         self._steps_s: dict[tuple[bytes, float], float] = {}
         self._fetching: tuple[str, ...] = ()
         self._fetch_pages = 0
-
-    def _ring_pages(self) -> int:
-        arena, layers = self.hardware.arena_pages, self.hardware.layers
-        share = 2 * layers if self.spec.streaming == "hidden" else PLACING_RING_SHARE
-        return max(2, arena // max(share, PLACING_RING_SHARE))
 
     def _jobs(self, trace: Sequence[TraceRequest]) -> list[Job]:
         longest = max((one.output_tokens for one in trace), default=1)

@@ -25,6 +25,7 @@ RULES = (
     "feedback",
 )
 ORDER_SUFFIX = "+order"
+RING_SHARE = 8  # where whole layers stream, whatever compute hides
 POLICY_HELP = (
     "orbitflow; paper (the authors' rule), swap and time-sliced-swap (whole requests, no "
     "streaming), queue (no offload), retract (SGLang's own), each also with +order; or layers "
@@ -58,6 +59,15 @@ class PolicySpec:
     def has(self, rule: str) -> bool:
         """Whether ``rule`` decides."""
         return rule in self.rules
+
+    def ring_pages(self, arena_pages: int, layers: int) -> int:
+        """The ring by default, in pages of one layer; none where nothing is staged."""
+        if not self.spills:
+            return 0
+        share = RING_SHARE
+        if self.placing is None and self.streaming != "all":
+            share = max(share, 2 * layers)  # what compute hides is little, and over all layers
+        return max(2, arena_pages // share)
 
 
 _NAMED = {

@@ -41,7 +41,7 @@ def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: i
     page_bytes = budget.token_bytes * size // layers
     spills = config.policy_spec.spills
     arena = _arena_tokens(config, budget) // size * layers
-    ring = _ring_pages(config, arena, layers) if spills else 0
+    ring = _ring_pages(config, arena, layers)
     if spills and config.ring_pages is None:
         _chosen("ring_pages", ring, "pages of one layer")
     main = _main_pages(arena, ring, layers)
@@ -60,7 +60,7 @@ def check_sizes(config: OrbitFlowConfig, layers: int, page_size: int, free_host_
     spills = config.policy_spec.spills
     if config.arena_tokens is not None:
         arena = config.arena_tokens // page_size * layers
-        _main_pages(arena, _ring_pages(config, arena, layers) if spills else 0, layers)
+        _main_pages(arena, _ring_pages(config, arena, layers), layers)
     if spills and config.host_memory_gb is not None:
         _host_bytes(config, 0, free_host_bytes, ranks=1)  # of all ranks together
 
@@ -93,12 +93,10 @@ def _arena_tokens(config: OrbitFlowConfig, budget: Budget) -> int:
 
 
 def _ring_pages(config: OrbitFlowConfig, arena_pages: int, layers: int) -> int:
-    if config.ring_pages:
-        return config.ring_pages
     spec = config.policy_spec
-    by_layers = spec.placing is not None or spec.streaming == "all"
-    # What compute hides is little, and spread over all layers.
-    return max(2, arena_pages // (8 if by_layers else max(8, 2 * layers)))
+    if config.ring_pages and spec.spills:
+        return config.ring_pages
+    return spec.ring_pages(arena_pages, layers)
 
 
 def _main_pages(arena: int, ring: int, layers: int) -> int:
