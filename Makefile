@@ -14,8 +14,8 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
-# All that starts servers in one process, one after another; what needs none in the other.
-PARALLEL := -n 2 --dist loadgroup
+# Two processes: all that starts servers in one, the rest beside it (tests/conftest.py).
+PARALLEL := -n 2
 
 .PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test gpu-bundle \
   bench-overhead bench-stream bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean

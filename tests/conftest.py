@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,17 +20,27 @@ sys.path.insert(0, str(ROOT))
 from eval.identity import Comparison, write_summary  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker(_kind_of(item.path))
-        if item.get_closest_marker("engine"):  # one server at a time
-            item.add_marker(pytest.mark.xdist_group("engine"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and (reason := _why_no_gpu()):
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One server at a time: all of tests/engine in one process, other files beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            engine = "tests/engine"
+            return engine if nodeid.startswith(f"{engine}/") else nodeid.split("::")[0]
+
+    return OneServer(config, log)
 
 
 def _kind_of(path: Path) -> str:
