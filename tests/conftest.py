@@ -32,13 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One server at a time: all of tests/engine in one process, other files beside them."""
+    """One server at a time: what may start one in one process, other files beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneServer(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            engine = "tests/engine"
-            return engine if nodeid.startswith(f"{engine}/") else nodeid.split("::")[0]
+            with_servers = nodeid.startswith(("tests/engine/", "tests/gpu/"))
+            return "servers" if with_servers else nodeid.split("::")[0]
 
     return OneServer(config, log)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import LAYERS, machine, requests, serve
+from machines import LAYERS, PAGE, TOKEN_BYTES, machine, requests, serve
 
 from eval.sim import result
 from eval.sim.engine import Simulation
 from eval.sim.job import Job
 from eval.workload.requests import TraceRequest
+from orbitflow_sglang.config import OrbitFlowConfig
+from orbitflow_sglang.engine.sizing import Budget, resolve_capacity
 from orbitflow_sglang.slo import SLO
 
 pytestmark = pytest.mark.unit
@@ -104,6 +106,15 @@ def test_the_books_balance_at_every_step(monkeypatch: pytest.MonkeyPatch) -> Non
     for policy in ("swap", "orbitflow", "time-sliced-swap", "paper", "static:1", "retract"):
         serve(policy, requests((0, 16, 24), (0, 16, 24), (0.1, 20, 20)), machine(64))
     assert steps > 100
+
+
+@pytest.mark.parametrize("policy", ["orbitflow", "swap", "time-sliced-swap", "paper", "static:1"])
+def test_every_policy_has_the_ring_that_the_server_gives_it(policy: str) -> None:
+    budget = Budget(800, None, layers=LAYERS, page_size=PAGE, token_bytes=TOKEN_BYTES)
+    server = resolve_capacity(OrbitFlowConfig(policy=policy), budget, free_host_bytes=10**12)
+    simulation = serve(policy, [], machine(arena_tokens=800))
+    assert simulation.memory.arena_pages == server.arena_pages
+    assert simulation.memory.ring_pages == simulation.machine.ring_pages == server.ring_pages
 
 
 def test_what_no_memory_holds_is_refused_and_counted() -> None:
