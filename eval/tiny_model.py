@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
-import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}" + ASSISTANT_TOKEN + "{% endif %}"
 )
 # Enough English and code for a small vocabulary; present in every CPython.
-TRAINING_MODULES = ("argparse", "ast", "datetime", "decimal", "inspect", "logging/__init__",
-                    "mailbox", "pickle", "socket", "statistics", "subprocess", "tarfile",
-                    "threading", "typing", "unittest/mock", "zipfile")  # fmt: skip
+TRAINING_MODULES = ("argparse", "ast", "datetime", "decimal", "inspect", "logging", "mailbox",
+                    "pickle", "socket", "statistics", "subprocess", "tarfile", "threading",
+                    "typing", "unittest.mock", "zipfile")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,7 @@ def _write_tokenizer(folder: Path, model: TinyModel) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = ((library / f"{name}.py").read_text(encoding="utf-8") for name in TRAINING_MODULES)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(map(_source_of, TRAINING_MODULES), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
@@ -140,6 +138,13 @@ def _write_tokenizer(folder: Path, model: TinyModel) -> None:
             indent=1,
         )
     )
+
+
+def _source_of(module: str) -> str:
+    """Whether it is a file or, from another version of Python on, a folder."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _write_weights(folder: Path, model: TinyModel) -> None:
