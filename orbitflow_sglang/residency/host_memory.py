@@ -1,9 +1,9 @@
 """Host memory that a GPU's copy engines can reach: touched chunk by chunk, near that GPU.
 
-Getting the memory is what takes time in a large store, a second for some gigabytes, so it goes
-on in chunks and says how far it is. Memory belongs to the NUMA node of the core that touches it
-first: it is touched by a thread that runs where the GPU is attached. It is pinned as a whole,
-for a copy must not reach from one pinned range into another.
+Getting the memory is what takes time in a large store, a second for a gigabyte and core, so it
+goes on in chunks and says how far it is. Memory belongs to the NUMA node of the core that touches
+it first: it is touched by threads that run where the GPU is attached. It is pinned as a whole, for
+a copy must not reach from one pinned range into another.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import functools
 import logging
 import mmap
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +25,56 @@ from orbitflow_sglang.residency import ResidencyError
 
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 30
+THREADS = 8  # that touch it
 SAID_FROM_BYTES = 8 << 30  # smaller stores are pinned without a word
 PCI = Path("/sys/bus/pci/devices")
 Register = Callable[[int, int], int]  # address, bytes -> CUDA error
+Unregister = Callable[[int], object]  # address
+
+
+class _PinnedMemory(mmap.mmap):
+    """Is unpinned before it is unmapped: CUDA would else refuse whatever gets the address next."""
+
+    unpin: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self.unpin is not None:
+            self.unpin()
 
 
 def pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised host memory that ``device`` can copy from and to.
 
-    Raises ``ResidencyError`` where the system does not let so much be pinned. It is never
-    given back before the process ends.
+    Raises ``ResidencyError`` where the system does not let so much be pinned. It is given back
+    with the last tensor that is a view of it.
     """
     if device.index is None:  # of this thread; the one that pins would begin with the first GPU
         device = torch.device("cuda", torch.cuda.current_device())
     register = functools.partial(_register, device)
-    return pinned(shape, dtype, register, local_cores(_bus_of(device)))
+    return pinned(shape, dtype, register, _unregister, local_cores(_bus_of(device)))
 
 
 def pinned(
-    shape: tuple[int, ...], dtype: torch.dtype, register: Register, cores: set[int]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    register: Register,
+    unregister: Unregister,
+    cores: set[int],
 ) -> torch.Tensor:
-    """The same with what pins, called once, and whose cores touch it; ``cores`` empty: any."""
+    """The same with what pins and unpins, each called once, and whose cores touch it; ``cores``
+    empty: any."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
     # Shared, as it is by default: behind a fork private pages would be copied on write, and the
     # pinned ones be left to the child. Huge pages where the system gives them to such memory.
-    memory = mmap.mmap(-1, nbytes)
+    memory = _PinnedMemory(-1, nbytes)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     flat = np.frombuffer(memory, dtype=np.uint8)
-    failed: list[BaseException] = []
-
-    def fill() -> None:
-        try:
-            if cores:
-                os.sched_setaffinity(0, cores)  # of this thread
-            _pin(flat, register)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=fill, name="orbitflow-pin")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    _touch(flat, cores)
+    _pin(flat, register)
+    memory.unpin = functools.partial(unregister, flat.ctypes.data)
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
@@ -88,16 +93,31 @@ def local_cores(bus: str | None, devices: Path = PCI) -> set[int]:
     return found & os.sched_getaffinity(0)
 
 
+def _touch(flat: np.ndarray, cores: set[int]) -> None:
+    chunks = [flat[begin : begin + CHUNK_BYTES] for begin in range(0, flat.nbytes, CHUNK_BYTES)]
+    done = 0
+    with ThreadPoolExecutor(
+        min(THREADS, len(chunks)), "orbitflow-touch", initializer=_stay_on, initargs=(cores,)
+    ) as pool:
+        for nbytes in pool.map(_touch_chunk, chunks):
+            done += nbytes
+            if flat.nbytes >= SAID_FROM_BYTES:
+                logger.info(
+                    "OrbitFlow takes host memory: %.0f of %.0f GB", done / 1e9, flat.nbytes / 1e9
+                )
+
+
+def _stay_on(cores: set[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)  # of this thread
+
+
+def _touch_chunk(chunk: np.ndarray) -> int:
+    chunk[:: mmap.PAGESIZE] = 0
+    return chunk.nbytes
+
+
 def _pin(flat: np.ndarray, register: Register) -> None:
-    said = flat.nbytes >= SAID_FROM_BYTES
-    for begin in range(0, flat.nbytes, CHUNK_BYTES):
-        chunk = flat[begin : begin + CHUNK_BYTES]
-        chunk[:: mmap.PAGESIZE] = 0
-        if said:
-            done = begin + chunk.nbytes
-            logger.info(
-                "OrbitFlow takes host memory: %.0f of %.0f GB", done / 1e9, flat.nbytes / 1e9
-            )
     if (error := register(flat.ctypes.data, flat.nbytes)) != 0:
         raise ResidencyError(
             f"CUDA error {error} when pinning {flat.nbytes / 1e9:.0f} GB of host memory: give less "
@@ -111,6 +131,11 @@ def _register(device: torch.device, address: int, nbytes: int) -> int:
     cuda: Any = torch.cuda
     with cuda.device(device):  # of this thread, which would else begin to use the first one
         return int(cuda.cudart().cudaHostRegister(address, nbytes, portable | mapped))
+
+
+def _unregister(address: int) -> int:
+    cuda: Any = torch.cuda
+    return int(cuda.cudart().cudaHostUnregister(address))
 
 
 def _bus_of(device: torch.device) -> str | None:
