@@ -2,10 +2,10 @@
 
 Wheels for its Python with the pins of ``requirements/gpu-bundle.txt``, less the files that are
 not used there, and modules compiled beforehand: FlashInfer's, which take minutes each, and our
-page kernels. They come in parts of at most 52 MiB, which may be brought there and installed one
-by one, in this tree:
+page kernels. They come in archives of at most 58 MiB, one if it holds all, which may be brought
+there and installed one by one, in this tree:
 
-    python3 -m eval.gpu_bundle --install build/gpu-bundle/part-1-of-2
+    python3 -m eval.gpu_bundle --install build/gpu-bundle/part-1-of-1.tar.xz
 
 It makes ``.venv`` beside what the machine's ``python3`` has, torch above all. With the last
 part in, the Makefile takes the set-up as done.
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ PINS = ROOT / "requirements" / "gpu-bundle.txt"
 BUNDLE = ROOT / "build" / "gpu-bundle"
 VENV = ROOT / ".venv"
 CACHE = ROOT / ".cache" / "profiles" / "kernels"  # as servers of eval/server.py have it
-PART_BYTES = 52 << 20  # a transfer of 64 MiB has room for the tree, too
+PART_BYTES = 58 << 20  # a transfer of 64 MiB has room for the tree, too
 # pip takes the number of a platform tag literally.
 PLATFORMS = ("manylinux1", "manylinux2014", *(f"manylinux_2_{n}" for n in (5, 17, *range(24, 36))))
 # Of each distribution, the files that serving a dense model on Hopper does not use.
@@ -41,7 +42,12 @@ LEFT_OUT = {
         "sgl_kernel/flash_ops.*", "sgl_kernel/flashmla_ops.*", "sgl_kernel/infllm_ops.*",
         "sgl_kernel/sm100/*",
     ),
-    "sglang": ("sglang/srt/rust_extensions/*.so", "sglang/multimodal_gen/test/*"),
+    # Without the Rust tree, which reads tensors of another torch as it reads its own's, SGLang
+    # takes the one in Python.
+    "sglang": (
+        "sglang/srt/rust_extensions/*.so", "sglang/srt/mem_cache/rust_tree_core/*.so",
+        "sglang/multimodal_gen/test/*",
+    ),
     "flashinfer_python": (
         *(f"flashinfer/data/csrc/{name}*" for name in (
             "alphamoe", "blackwell", "cake", "experimental", "fused_moe", "gdn", "kda",
@@ -50,6 +56,20 @@ LEFT_OUT = {
         "flashinfer/moe_ep/kernel_src/*",
     ),
 }  # fmt: skip
+# Llama and Qwen import CUTLASS's Python package, 90 MB, with a kernel that only Blackwell runs.
+# Elsewhere SGLang asks this much of it.
+NO_DUAL_GEMM = """
+from enum import IntEnum
+
+MAX_DUAL_GEMM_DECODE_TOKENS = 16
+DualGemmQuantMode = IntEnum("DualGemmQuantMode", "STATIC_PER_TENSOR STATIC_PER_TOKEN "
+                            "DYNAMIC_PER_TENSOR DYNAMIC_PER_TOKEN UNQUANT", start=0)
+
+
+def can_use_dual_gemm(*_):
+    return False
+"""
+REPLACED = {"sglang": {"sglang/kernels/ops/gemm/cutedsl_dual_gemm.py": NO_DUAL_GEMM}}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,8 +93,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make(python: str, arch: str, modules: int | None) -> None:
-    """Write ``build/gpu-bundle/part-1-of-N`` and so on."""
+    """Write ``build/gpu-bundle/part-1-of-N.tar.xz`` and so on."""
     shutil.rmtree(BUNDLE, ignore_errors=True)
+    BUNDLE.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         wheels = download(python, work / "wheels")
@@ -82,14 +103,9 @@ def make(python: str, arch: str, modules: int | None) -> None:
             trim(wheel)
         if modules != 0:
             add_modules(wheels, arch, modules, work)
-        parts = packed([*wheels, compile_pages(arch, work)], PART_BYTES)
-        for number, part in enumerate(parts, start=1):
-            target = BUNDLE / f"part-{number}-of-{len(parts)}"
-            target.mkdir(parents=True)
-            for file in part:
-                shutil.copy(file, target)
-            size = sum(file.stat().st_size for file in part) / (1 << 20)
-            print(f"{target.relative_to(ROOT)}: {len(part)} files, {size:.1f} MiB")
+        print("Compressing", flush=True)
+        for part in pack([*wheels, compile_pages(arch, work)], BUNDLE, PART_BYTES):
+            print(f"{part.relative_to(ROOT)}: {part.stat().st_size / (1 << 20):.1f} MiB")
 
 
 def download(python: str, target: Path) -> list[Path]:
@@ -105,15 +121,16 @@ def download(python: str, target: Path) -> list[Path]:
 
 
 def trim(wheel: Path) -> None:
-    """Take the files out that are not used there; pip does not miss them."""
-    patterns = LEFT_OUT.get(wheel.name.split("-")[0], ())
-    if not patterns:
-        return
+    """Take the files out that are not used there, which pip does not miss, and leave the rest
+    uncompressed: all together compress better."""
+    distribution = wheel.name.split("-")[0]
+    patterns, replaced = LEFT_OUT.get(distribution, ()), REPLACED.get(distribution, {})
     smaller = wheel.with_suffix(".part")
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(smaller, "w") as new:
         for item in old.infolist():
             if not any(fnmatch.fnmatch(item.filename, pattern) for pattern in patterns):
-                new.writestr(item, old.read(item), zipfile.ZIP_DEFLATED)
+                data = replaced.get(item.filename, old.read(item))
+                new.writestr(item, data, zipfile.ZIP_STORED)
     smaller.replace(wheel)
 
 
@@ -143,24 +160,30 @@ def add_modules(wheels: Sequence[Path], arch: str, count: int | None, work: Path
     )
     code = f"from eval.gpu_bundle import compile_modules; compile_modules({count})"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
-    with zipfile.ZipFile(flashinfer, "a", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(flashinfer, "a") as file:
         for library in sorted(cache.rglob("cached_ops/*/*.so")):
             name = library.parent.name
             file.write(library, f"flashinfer/data/aot/{name}/{name}.so")
 
 
 def compile_modules(count: int | None) -> None:
-    """What attention uses of FlashInfer, or the first ``count``: decode on CUDA cores and prefill,
-    which is also decode on tensor cores, for the heads of the tiny model and of an 8B one."""
+    """What a server uses of FlashInfer, or the first ``count``: for attention decode on CUDA cores
+    and prefill, which is also decode on tensor cores, for the heads of the tiny model and of an 8B
+    one; and norms, whose sources include cuBLAS's headers."""
     import torch
     from flashinfer.jit.attention import gen_batch_decode_module
 
     # Its wrappers ask for this one; the public ``gen_batch_prefill_module`` has another name.
     from flashinfer.jit.attention.modules import _gen_batch_prefill_primary_module
     from flashinfer.jit.cascade import gen_cascade_module
+    from flashinfer.jit.norm import gen_norm_module
 
     def modules() -> Iterator[Any]:
         yield gen_cascade_module()
+        if Path(os.environ["CUDA_HOME"], "include", "cublasLt.h").exists():
+            yield gen_norm_module()
+        else:
+            print("No cublasLt.h: norms are compiled there, 45 s before the first prefill")
         for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float16, 128)):
             kind = (dtype, dtype, dtype, torch.int32, dim, dim, 0, False, False)
             yield gen_batch_decode_module(*kind)
@@ -181,19 +204,21 @@ def compile_pages(arch: str, work: Path) -> Path:
     return library
 
 
-def packed(files: Sequence[Path], most: int) -> list[list[Path]]:
-    """The files in as few parts as first-fit finds. Raises ``ValueError`` for one too large."""
-    parts: list[list[Path]] = []
-    for file in sorted(files, key=lambda one: (-one.stat().st_size, one.name)):
-        size = file.stat().st_size
-        if size > most:
-            raise ValueError(f"{file.name} has {size >> 20} MiB, a part at most {most >> 20}")
-        room = (p for p in parts if sum(f.stat().st_size for f in p) + size <= most)
-        part = next(room, None)
-        if part is None:
-            parts.append(part := [])
-        part.append(file)
-    return parts
+def pack(files: Sequence[Path], folder: Path, most: int) -> list[Path]:
+    """The files in as few archives of at most ``most`` bytes as dealing them out finds. Raises
+    ``ValueError`` where one file alone is larger."""
+    largest_first = sorted(files, key=lambda file: (-file.stat().st_size, file.name))
+    for count in range(1, len(files) + 1):
+        parts = [folder / f"part-{number}-of-{count}.tar.xz" for number in range(1, count + 1)]
+        for number, part in enumerate(parts):
+            with tarfile.open(part, "w:xz") as archive:
+                for file in largest_first[number::count]:
+                    archive.add(file, file.name)
+        if all(part.stat().st_size <= most for part in parts):
+            return parts
+        for part in parts:
+            part.unlink()
+    raise ValueError(f"{largest_first[0].name} is too large: a part has at most {most >> 20} MiB")
 
 
 # --- there --------------------------------------------------------------------
@@ -204,18 +229,23 @@ def install(part: Path) -> None:
     python = VENV / "bin" / "python"
     if not python.exists():
         create(VENV)
+    # The pip that is there: a Python need not be able to put one into a new environment.
     pip = [
-        *(str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"),
-        *("--no-index", "--no-deps"),
+        *(sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"),
+        *("install", "--quiet", "--no-index", "--no-deps"),
     ]
-    if not (VENV / part.name).exists():
-        wheels = [str(wheel) for wheel in sorted(part.glob("*.whl"))]
-        subprocess.run([*pip, "--no-compile", *wheels], check=True)
-        for library in part.glob("*.so"):
-            CACHE.mkdir(parents=True, exist_ok=True)
-            shutil.copy(library, CACHE)
-        (VENV / part.name).touch()
-    number = int(part.name.rpartition("-")[2])
+    name = part.name.removesuffix(".tar.xz")
+    if not (VENV / name).exists():
+        with tempfile.TemporaryDirectory() as folder:
+            with tarfile.open(part) as archive:
+                archive.extractall(folder, filter="data")
+            wheels = sorted(map(str, Path(folder).glob("*.whl")))
+            subprocess.run([*pip, "--no-compile", *wheels], check=True)
+            for library in Path(folder).glob("*.so"):
+                CACHE.mkdir(parents=True, exist_ok=True)
+                shutil.copy(library, CACHE)
+        (VENV / name).touch()
+    number = int(name.rpartition("-")[2])
     if len(list(VENV.glob(f"part-*-of-{number}"))) == number:
         subprocess.run([*pip, "--no-build-isolation", "--editable", str(ROOT)], check=True)
         (VENV / ".set-up").touch()  # the Makefile's stamp
@@ -223,7 +253,7 @@ def install(part: Path) -> None:
 
 def create(venv: Path) -> None:
     """A virtual environment that also has what this Python has."""
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     # Not --system-site-packages: this Python may be in a virtual environment itself.
     target = sysconfig.get_path("purelib", vars={"base": str(venv)})
     here = {sysconfig.get_path(name) for name in ("purelib", "platlib")}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import random
 import re
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,33 +32,64 @@ def test_a_trimmed_wheel_has_the_rest(tmp_path: Path) -> None:
         assert {name: file.read(name) for name in file.namelist()} == kept
 
 
-def test_a_wheel_of_which_all_is_used_stays_as_it_is(tmp_path: Path) -> None:
-    wheel = tmp_path / "fastapi-0.165.0-py3-none-any.whl"
-    wheel.write_bytes(b"not even a zip file")
+def test_what_stands_in_for_a_kernel_of_blackwell_has_its_names(tmp_path: Path) -> None:
+    """SGLang is looked at, not imported: it needs CUDA's packages."""
+    ((inside, text),) = gpu_bundle.REPLACED["sglang"].items()
+    wheel = tmp_path / "sglang-0.5.23-cp312-cp312-manylinux_2_34_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr(inside, "import cutlass")
     gpu_bundle.trim(wheel)
-    assert wheel.read_bytes() == b"not even a zip file"
+    with zipfile.ZipFile(wheel) as file:
+        assert file.read(inside).decode() == text
+    ours: dict[str, Any] = {}
+    exec(text, ours)
+    sglang = importlib.util.find_spec("sglang")
+    assert sglang is not None and sglang.origin is not None
+    theirs = ast.parse((Path(sglang.origin).parents[1] / inside).read_text())
+    constants: dict[str, Any] = {
+        ast.unparse(node.targets[0]): node.value.value
+        for node in theirs.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    name = "MAX_DUAL_GEMM_DECODE_TOKENS"
+    assert ours[name] == constants[name]
+    modes = next(node for node in theirs.body if isinstance(node, ast.ClassDef))
+    wanted = [
+        (ast.unparse(node.targets[0]), ast.literal_eval(node.value))
+        for node in modes.body
+        if isinstance(node, ast.Assign)
+    ]
+    assert [(mode.name, mode.value) for mode in ours[modes.name]] == wanted
+    assert ours["can_use_dual_gemm"](1, 128, 128, ours[modes.name].UNQUANT) is False
 
 
-@given(st.lists(st.integers(0, 10), max_size=20))
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=12))
 def test_every_file_is_in_one_part_that_fits(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
-    files = [folder / str(number) for number in range(len(sizes))]
-    for file, size in zip(files, sizes, strict=True):
-        file.write_bytes(bytes(size))
-    parts = gpu_bundle.packed(files, most=10)
-    assert sorted(file for part in parts for file in part) == sorted(files)
-    assert all(sum(file.stat().st_size for file in part) <= 10 for part in parts)
-    # No two parts would fit into one.
-    filled = sorted(sum(file.stat().st_size for file in part) for part in parts)
-    assert len(filled) < 2 or filled[0] + filled[1] > 10
+    content = {str(number): random.Random(number).randbytes(n) for number, n in enumerate(sizes)}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    parts = gpu_bundle.pack(list(map(folder.joinpath, content)), folder, most=5000)
+    found = {}
+    for part in parts:
+        assert part.stat().st_size <= 5000
+        with tarfile.open(part) as archive:
+            for name in archive.getnames():
+                assert name not in found
+                member = archive.extractfile(name)
+                assert member is not None
+                found[name] = member.read()
+    assert found == content
+    assert len(parts) == 1 or sum(sizes) > 2500
+    assert set(folder.iterdir()) == {*parts, *map(folder.joinpath, content)}
 
 
 def test_a_file_that_fits_no_part_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "large").write_bytes(bytes(11))
-    with pytest.raises(ValueError, match="large has"):
-        gpu_bundle.packed([tmp_path / "large"], most=10)
+    (tmp_path / "large").write_bytes(random.Random(0).randbytes(2000))
+    with pytest.raises(ValueError, match="large is too large"):
+        gpu_bundle.pack([tmp_path / "large"], tmp_path, most=1000)
 
 
 def test_pins_agree_with_those_of_the_cpu() -> None:
@@ -78,25 +114,25 @@ def test_with_the_last_part_the_set_up_is_done(
         '[project]\nname = "ours"\nversion = "1"\n[tool.setuptools]\npy-modules = ["ours"]\n'
     )
     (project / "ours.py").write_text("")
-    for number, name in enumerate(("one", "two"), start=1):
-        part = tmp_path / f"part-{number}-of-2"
-        part.mkdir()
+    (tmp_path / "pages.so").write_bytes(b"kernels")
+    for name in ("one", "two"):
         info = f"{name}-1.dist-info"
-        with zipfile.ZipFile(part / f"{name}-1-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(tmp_path / f"{name}-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name}.py", "")
             wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
             wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
             wheel.writestr(f"{info}/RECORD", "")
-    (tmp_path / "part-2-of-2" / "pages.so").write_bytes(b"kernels")
+    inside = {1: ["one-1-py3-none-any.whl"], 2: ["two-1-py3-none-any.whl", "pages.so"]}
+    for number, files in inside.items():
+        with tarfile.open(tmp_path / f"part-{number}-of-2.tar.xz", "w:xz") as archive:
+            for file in files:
+                archive.add(tmp_path / file, file)
     cache = tmp_path / "cache"
     for name, value in {"ROOT": project, "VENV": venv, "CACHE": cache}.items():
         monkeypatch.setattr(gpu_bundle, name, value)
-    gpu_bundle.install(tmp_path / "part-1-of-2")
+    gpu_bundle.install(tmp_path / "part-1-of-2.tar.xz")
     assert not (venv / ".set-up").exists() and not cache.exists()
-    # Not the old setuptools of a new venv: in earnest a part brings one, here the machine has it.
-    pip = [venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"]
-    subprocess.run(pip, check=True)
-    gpu_bundle.install(tmp_path / "part-2-of-2")
+    gpu_bundle.install(tmp_path / "part-2-of-2.tar.xz")
     assert (venv / ".set-up").exists()
     assert (cache / "pages.so").read_bytes() == b"kernels"
     # What this Python has is there, too.
