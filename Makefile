@@ -18,7 +18,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 PARALLEL := -n 2
 
 .PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test gpu-bundle \
-  bench-overhead bench-stream bench-planner eval eval-quick eval-full eval-live eval-gpu image-test clean
+  bench-overhead bench-stream bench-planner bench-gpu eval eval-quick eval-full eval-live eval-gpu image-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,7 +70,7 @@ test-full: setup ## every test that can run here, in full; writes eval/results/i
 	  ORBITFLOW_TEST_COMMAND="make test-full" $(OFFLINE) \
 	  $(PY) -m pytest $(PARALLEL) --timeout 3600 $(ARGS)
 
-gpu-check: gpu-test ## gpu-test, then eval-gpu, which goes on where it was
+gpu-check: gpu-test bench-gpu ## gpu-test, bench-gpu, then eval-gpu, which goes on where it was
 	@$(MAKE) eval-gpu ARGS="--resume"
 
 gpu-test: setup ## every test marked gpu, on an NVIDIA GPU
@@ -89,6 +89,11 @@ bench-stream: setup ## measured step time over an emulated link, against the bou
 
 bench-planner: setup ## time and quality of plans, and what each idea brings
 	@$(OFFLINE) $(PY) -m eval.bench.planner $(ARGS)
+
+bench-gpu: setup ## on an NVIDIA GPU: page transfers against one large copy, overhead, bound by the link
+	@$(PY) -m eval.bench.link
+	@$(OFFLINE) $(PY) -m eval.bench.overhead --gpu
+	@$(OFFLINE) $(PY) -m eval.bench.stream --gpu
 
 eval: setup ## tables and figures of the simulated evaluation; a sample is run again
 	@$(PY) -m eval.sim.report $(ARGS)

@@ -184,6 +184,13 @@ def hash_of_files(patterns: Iterable[str], without: Collection[Path] = ()) -> st
     return digest.hexdigest()[:16]
 
 
+def gpu_results() -> Path:
+    """Each kind of GPU has results of its own."""
+    import torch
+
+    return RESULTS.parent / "-".join(torch.cuda.get_device_name().lower().split())
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all: a campaign is stopped at any moment."""
     partial = path.with_name(path.name + ".partial")

@@ -4,7 +4,9 @@ Decode throughput of a server with OrbitFlow and its controller, which has nothi
 against stock SGLang with the same attention backend, page size and capacity. One server is
 alive at a time. A pair is one server of each kind in random order; its ratio compares the
 medians of their repetitions. The result is the median ratio of the pairs with the least and
-the most.
+the most. With --gpu a model of 8B shape on an NVIDIA GPU, where stock SGLang has full CUDA graphs
+and the overlap scheduler (``stock``) or neither (``stock-eager``), and OrbitFlow graphs in pieces
+(``orbitflow-graphs``) or none.
 """
 
 from __future__ import annotations
@@ -13,12 +15,22 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.bench.measure import QUICK_RESULTS, RESULTS, Batch, Spread, threads_env, write_result
+from eval.bench.measure import (
+    QUICK_RESULTS,
+    RESULTS,
+    Batch,
+    Spread,
+    gpu_results,
+    threads_env,
+    write_result,
+)
+from eval.live import contestants
 from eval.server import Server, stock_args
 from eval.tiny_model import TinyModel, build
 
@@ -31,6 +43,15 @@ KINDS = {
     "stock": COMMON,
     "orbitflow": (*COMMON, "--enable-orbitflow", "--orbitflow-policy", "orbitflow"),
 }
+# On a GPU: who of ``eval.live.contestants``, and further flags.
+GRAPHS = ("--cuda-graph-backend-decode", "breakable")
+GPU_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "stock": ("stock", ()),
+    "stock-eager": ("stock-eager", ()),
+    "orbitflow": ("orbitflow", ()),
+    "orbitflow-graphs": ("orbitflow", GRAPHS),
+}
+Starts = dict[str, Callable[[], Server]]
 
 
 @dataclass(frozen=True)
@@ -44,30 +65,57 @@ class Run:
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
-    model = build(TinyModel(layers=options.layers))
+    starts = gpu_servers() if options.gpu else cpu_servers(options.layers, options.threads)
     batch = Batch(options.batch, options.context, options.tokens)
     runs = []
-    for pair, order in enumerate(orders(options.pairs, options.seed), start=1):
+    for pair, order in enumerate(orders(sorted(starts), options.pairs, options.seed), start=1):
         for kind in order:
-            env = threads_env(options.threads)
-            runs.append(measure(model, pair, kind, batch, options.repetitions, env))
+            runs.append(measure(starts[kind], pair, kind, batch, options.repetitions))
             rates = " ".join(f"{rate:7.1f}" for rate in runs[-1].tokens_per_s)
-            print(f"pair {pair}  {kind:<9}  {rates}  tokens/s", flush=True)
-    per_pair = ratios(runs)
-    spread = Spread.of(per_pair)
-    print("\norbitflow / stock, per pair:", " ".join(f"{ratio:.3f}" for ratio in per_pair))
-    print(f"median {spread}; aim at least {AIM}")
+            print(f"pair {pair}  {kind:<16}  {rates}  tokens/s", flush=True)
+    found = {kind: ratios(runs, kind) for kind in starts if kind != "stock"}
+    print()
+    for kind, per_pair in found.items():
+        each = " ".join(f"{ratio:.3f}" for ratio in per_pair)
+        print(f"{kind} / stock, per pair: {each}; median {Spread.of(per_pair)}")
+    print(f"aim at least {AIM}")
     result = {
         "aim": AIM,
-        "ratio": asdict(spread),
-        "ratios": [round(ratio, 4) for ratio in per_pair],
+        "ratio": {kind: asdict(Spread.of(per_pair)) for kind, per_pair in found.items()},
+        "ratios": {kind: [round(one, 4) for one in per_pair] for kind, per_pair in found.items()},
         "workload": asdict(batch) | {"layers": options.layers, "repetitions": options.repetitions},
         "threads": options.threads or "all cores",
         "server_args": {kind: list(args) for kind, args in KINDS.items()},
         "runs": [_rounded(run) for run in runs],
     }
+    if options.gpu:
+        result |= {"workload": asdict(batch) | {"model": asdict(contestants.GPU_MODEL)},
+                   "server_args": {kind: gpu_flags(kind) for kind in starts}}  # fmt: skip
     write_result(options.output, argv, result)
     return 0
+
+
+def cpu_servers(layers: int, threads: int | None) -> Starts:
+    model, env = build(TinyModel(layers=layers)), threads_env(threads)
+    return {
+        kind: partial(Server, stock_args(model, *args), env=env) for kind, args in KINDS.items()
+    }
+
+
+def gpu_servers() -> Starts:
+    return {
+        kind: partial(contestants.server, name, _setup(flags))
+        for kind, (name, flags) in GPU_KINDS.items()
+    }
+
+
+def gpu_flags(kind: str) -> list[str]:
+    name, flags = GPU_KINDS[kind]
+    return contestants.flags(name, _setup(flags))
+
+
+def _setup(flags: tuple[str, ...]) -> contestants.Setup:
+    return replace(contestants.ON_GPU, host_memory_gb=16.0, server_args=flags)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +123,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m eval.bench.overhead", description=(__doc__ or "").replace("``", "")
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 pair, 2 repetitions")
+    parser.add_argument("--gpu", action="store_true", help="an 8B shape on an NVIDIA GPU")
     parser.add_argument("--pairs", type=int, help="(3)")
     parser.add_argument("--repetitions", type=int, help="measured, for each server (5)")
     parser.add_argument("--layers", type=int, default=12, help="(%(default)s)")
@@ -83,40 +132,41 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="to generate (%(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch (one for each core)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (%(default)s)")
-    parser.add_argument("--output", type=Path, help="(eval/results/cpu/overhead.json)")
+    parser.add_argument("--output", type=Path, help="(eval/results/{cpu,GPU}/overhead.json)")
     options = parser.parse_args(argv)
     options.pairs = options.pairs or (1 if options.quick else 3)
     options.repetitions = options.repetitions or (2 if options.quick else 5)
-    folder = QUICK_RESULTS if options.quick else RESULTS
+    results = gpu_results if options.gpu else lambda: RESULTS
+    folder = QUICK_RESULTS if options.quick else results()
     options.output = options.output or folder / "overhead.json"
     return options
 
 
-def orders(pairs: int, seed: int) -> list[list[str]]:
-    """For each pair, in which order the two kinds of server are measured."""
+def orders(kinds: Sequence[str], pairs: int, seed: int) -> list[list[str]]:
+    """For each pair, in which order the kinds of server are measured."""
     chance = random.Random(seed)
-    return [chance.sample(sorted(KINDS), len(KINDS)) for _ in range(pairs)]
+    return [chance.sample(kinds, len(kinds)) for _ in range(pairs)]
 
 
 def measure(
-    model: Path, pair: int, kind: str, batch: Batch, repetitions: int, env: Mapping[str, str]
+    start: Callable[[], Server], pair: int, kind: str, batch: Batch, repetitions: int
 ) -> Run:
-    """Starts a server; the first batch warms it up. Both kinds get the same prompts."""
+    """Starts a server; the first batch warms it up. All kinds get the same prompts."""
     rates = []
-    with Server(stock_args(model, *KINDS[kind]), env=env) as server:
+    with start() as server:
         for repetition in range(repetitions + 1):
             seed = 1000 * pair + repetition
             rates.append(batch.measure(server, seed).tokens_per_s)
     return Run(pair, kind, tuple(rates[1:]))
 
 
-def ratios(runs: Sequence[Run]) -> list[float]:
-    """For each pair, the throughput of OrbitFlow as a share of stock's."""
+def ratios(runs: Sequence[Run], kind: str) -> list[float]:
+    """For each pair, the throughput of that kind as a share of stock's."""
     medians: dict[tuple[int, str], float] = {
         (run.pair, run.kind): statistics.median(run.tokens_per_s) for run in runs
     }
     pairs = sorted({run.pair for run in runs})
-    return [medians[pair, "orbitflow"] / medians[pair, "stock"] for pair in pairs]
+    return [medians[pair, kind] / medians[pair, "stock"] for pair in pairs]
 
 
 def _rounded(run: Run) -> dict[str, Any]:

@@ -6,6 +6,9 @@ same batch on the same server with everything resident. Measured against that ar
 amounts offloaded, over links slow enough to be the limit and fast enough not to be. The
 ring holds two layers of the batch. ``nothing`` goes through page tables and ring as the
 others do, but offloads no layer: what it adds to compute is bookkeeping.
+
+With --gpu a model of 8B shape on an NVIDIA GPU over its real link, which takes what one large copy
+takes.
 """
 
 from __future__ import annotations
@@ -20,13 +23,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bench.measure import QUICK_RESULTS, RESULTS, Batch, Spread, threads_env, write_result
+from eval.bench.link import large_copy_gb_per_s
+from eval.bench.measure import (
+    QUICK_RESULTS,
+    RESULTS,
+    Batch,
+    Spread,
+    gpu_results,
+    threads_env,
+    write_result,
+)
 from eval.client import Client
-from eval.server import Server, stock_args
+from eval.live.contestants import GPU_MODEL, dummy_args
+from eval.server import GPU_ENV, GPU_START_S, Server, stock_args
 from eval.tiny_model import TinyModel, build
 
 AIM = 1.15
-PAGE_SIZE = 16
+PAGE_SIZES = {"cpu": 16, "cuda": 64}
 RESIDENT = "resident"
 SETTLE_TOKENS = 8  # decode steps before the counters are read for the first time
 
@@ -64,9 +77,9 @@ class Row:
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
-    model = TinyModel(layers=options.layers)
+    model = GPU_MODEL if options.gpu else TinyModel(layers=options.layers)
     batch = Batch(options.batch, options.context, options.tokens)
-    policies = [RESIDENT, nothing(options.layers), *options.policies]
+    policies = [RESIDENT, nothing(model.layers), *options.policies]
     rows, samples = [], {}
     print(HEAD, flush=True)
     for link in options.links:
@@ -74,14 +87,14 @@ def main(argv: Sequence[str]) -> int:
         samples[link] = found
         for row in table(link, found):
             rows.append(row)
-            print(_line(row, options.layers), flush=True)
+            print(_line(row, model.layers), flush=True)
     worst = max(row.ratio.median for row in rows)
     print(f"\nmeasured / bound: at most {worst:.2f}; aim at most {AIM}")
     result = {
         "aim": AIM,
         "worst_ratio": round(worst, 4),
-        "workload": asdict(batch) | {"layers": options.layers, "rounds": options.rounds},
-        "threads": options.threads,
+        "workload": asdict(batch) | {"model": asdict(model), "rounds": options.rounds},
+        "threads": None if options.gpu else options.threads,
         "rows": [_rounded(asdict(row) | {"limit": row.limit}) for row in rows],
         "samples": {
             f"{link:g}": {name: [_rounded(asdict(one)) for one in many] for name, many in s.items()}
@@ -97,6 +110,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m eval.bench.stream", description=(__doc__ or "").replace("``", "")
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 link, 1 round")
+    parser.add_argument("--gpu", action="store_true", help="an 8B shape on an NVIDIA GPU")
     parser.add_argument(
         "--links", type=float, nargs="+", metavar="X", help="10^9 bytes/s (0.25 0.5 1 2)"
     )
@@ -106,17 +120,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, help="batches for each policy and link (3)")
     parser.add_argument("--layers", type=int, default=12, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--context", type=int, default=1500, help="tokens (%(default)s)")
+    parser.add_argument("--batch", type=int, help="(4, on a GPU 8)")
+    parser.add_argument("--context", type=int, help="tokens (1500, on a GPU 4096)")
     parser.add_argument("--tokens", type=int, default=97, help="to generate (%(default)s)")
     # One core computes and one copies: an accelerator's copy engine does not take its cores.
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (%(default)s)")
-    parser.add_argument("--output", type=Path, help="(eval/results/cpu/stream.json)")
+    parser.add_argument("--output", type=Path, help="(eval/results/{cpu,GPU}/stream.json)")
     options = parser.parse_args(argv)
+    if options.gpu:
+        options.links = [large_copy_gb_per_s()["h2d"]]
     options.links = options.links or ([0.5] if options.quick else [0.25, 0.5, 1.0, 2.0])
     options.rounds = options.rounds or (1 if options.quick else 3)
-    folder = QUICK_RESULTS if options.quick else RESULTS
+    options.batch = options.batch or (8 if options.gpu else 4)
+    options.context = options.context or (4096 if options.gpu else 1500)
+    results = gpu_results if options.gpu else lambda: RESULTS
+    folder = QUICK_RESULTS if options.quick else results()
     options.output = options.output or folder / "stream.json"
     return options
 
@@ -129,21 +148,29 @@ def nothing(layers: int) -> str:
 # --- measuring ----------------------------------------------------------------
 
 
-def server_args(model: TinyModel, batch: Batch, link_gb_per_s: float) -> list[str]:
-    """An arena in which the whole batch fits beside a ring of two of its layers."""
+def server(
+    model: TinyModel, batch: Batch, link_gb_per_s: float, policies: Sequence[str], threads: int
+) -> Server:
+    """An arena in which the whole batch fits beside a ring of two of its layers; not started."""
+    on_gpu = model == GPU_MODEL
+    page_size = PAGE_SIZES["cuda" if on_gpu else "cpu"]
     longest = batch.prompt_tokens + batch.output_tokens
-    layer_pages = batch.requests * (-(-longest // PAGE_SIZE) + 1)
+    layer_pages = batch.requests * (-(-longest // page_size) + 1)
     ring = 2 * layer_pages
     tails = 2 * batch.requests * model.layers  # open, and kept free for the next
     arena = model.layers * layer_pages + ring + tails
-    return stock_args(
-        build(model),
+    args = [
         *("--enable-orbitflow", "--orbitflow-policy", nothing(model.layers)),
-        *("--page-size", str(PAGE_SIZE), "--orbitflow-ring-pages", str(ring)),
-        *("--orbitflow-arena-tokens", str(-(-arena // model.layers) * PAGE_SIZE)),
-        *("--orbitflow-host-memory-gb", "0.5"),
-        *("--orbitflow-emulated-link-gb-per-s", str(link_gb_per_s)),
-    )
+        *("--page-size", str(page_size), "--orbitflow-ring-pages", str(ring)),
+        *("--orbitflow-arena-tokens", str(-(-arena // model.layers) * page_size)),
+    ]
+    env = {"ORBITFLOW_TEST_CONTROL": ",".join(policies)}
+    if on_gpu:
+        args = [*dummy_args(model), *args, "--orbitflow-host-memory-gb", "16"]
+        return Server(args, env=env, base_env=GPU_ENV, start_timeout_s=GPU_START_S)
+    args += ["--orbitflow-host-memory-gb", "0.5"]
+    args += ["--orbitflow-emulated-link-gb-per-s", str(link_gb_per_s)]
+    return Server(stock_args(build(model), *args), env=env | threads_env(threads))
 
 
 def measure(
@@ -156,14 +183,13 @@ def measure(
     """Samples of each policy over one link, the policies in another order in each round."""
     chance = random.Random(options.seed)
     found: dict[str, list[Sample]] = defaultdict(list)
-    env = {"ORBITFLOW_TEST_CONTROL": ",".join(policies)} | threads_env(options.threads)
-    with Server(server_args(model, batch, link_gb_per_s), env=env) as server:
-        batch.measure(server, seed=0)  # warms up
+    with server(model, batch, link_gb_per_s, policies, options.threads) as running:
+        batch.measure(running, seed=0)  # warms up
         for seed in range(1, options.rounds + 1):
             for policy in chance.sample(policies, len(policies)):
                 change = {"orbitflow_policy": policies.index(policy)}
-                server.post("/set_internal_state", {"server_args": change})
-                found[policy].append(sample(server, batch, seed, policy))
+                running.post("/set_internal_state", {"server_args": change})
+                found[policy].append(sample(running, batch, seed, policy))
     return {policy: found[policy] for policy in policies}
 
 

@@ -151,10 +151,15 @@ def server(name: str, setup: Setup, log: Path | None = None) -> Server:
     if setup.device == "cpu":
         args: Sequence[str] = stock_args(build(setup.model), *flags(name, setup))
         return Server(args, env=threads_env(setup.threads) | _compute_env(setup), log=log)
-    model = str(build(setup.model, weights=False))
-    args = ["--model-path", model, "--load-format", "dummy", "--dtype", "bfloat16",
-            "--enable-metrics", *flags(name, setup)]  # fmt: skip
+    args = [*dummy_args(setup.model), *flags(name, setup)]
     return Server(args, base_env=GPU_ENV, log=log, start_timeout_s=GPU_START_S)
+
+
+def dummy_args(model: TinyModel) -> list[str]:
+    """For a server on a GPU that makes up the weights."""
+    path = str(build(model, weights=False))
+    return [*("--model-path", path, "--load-format", "dummy", "--dtype", "bfloat16"),
+            "--enable-metrics"]  # fmt: skip
 
 
 def _compute_env(setup: Setup) -> dict[str, str]:
