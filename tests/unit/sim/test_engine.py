@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,14 @@ def test_once_somebody_finds_no_room_nobody_starts_until_somebody_leaves() -> No
     assert milliseconds(first)[-1] == 8 + 8 * 10
     assert milliseconds(second) == [96, 106]
     assert simulation.retractions == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_who_knows_all_lengths_keeps_room_for_them_and_throws_nobody_out(seed: int) -> None:
+    chance = random.Random(seed)
+    lengths = [(chance.random(), chance.randint(1, 40), chance.randint(1, 40)) for _ in range(40)]
+    hardware = machine(arena_tokens=128, chunk_tokens=16)  # most prompts come in chunks
+    assert serve("retract", requests(*lengths), hardware).retractions == 0
 
 
 def test_who_was_thrown_out_is_last_in_line() -> None:
