@@ -23,7 +23,8 @@ PACED, LENGTHS = "@paced", "~lengths"
 
 OURS = ("orbitflow@paced", "orbitflow")
 USERS = (  # what somebody would really do
-    *("queue", "retract", "retract+order", "swap", "swap+order", "time-sliced-swap@paced"),
+    *("queue", "retract", "retract+order", "swap", "swap+order"),
+    *("time-sliced-swap@paced", "time-sliced-swap"),
     *("queue~lengths", "retract~lengths", "queue+order~lengths"),
 )
 PAPERS = (
