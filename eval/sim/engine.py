@@ -106,6 +106,7 @@ class Simulation:
         self._to_come = sorted(self.jobs, key=lambda job: (job.view.arrival_s, job.order))[::-1]
         self._live: dict[str, Job] = {}
         self._idle = 0
+        self._full = False  # SGLang's ``batch_is_full``: nobody starts until somebody leaves
         self._random = random.Random(seed)
         self._steps_s: dict[tuple[bytes, float], float] = {}
         self._fetching: tuple[str, ...] = ()
@@ -160,7 +161,7 @@ class Simulation:
         decoding = [job for job in self._live.values() if job.view.phase == "decode"]
         chunks = self._prefill_batch(decision, decoding)
         if chunks:
-            self._prefill(chunks, decoding if self.setup.mixed else [])
+            self._prefill(chunks, decoding if self._mixes(decoding) else [])
         elif decoding:
             self._decode(decision, decoding)
         else:
@@ -228,6 +229,7 @@ class Simulation:
             self.memory.set_aside(job)
             job.view.phase, job.view.paused_s, job.view.settled = "paused", self.now, False
             job.view.pauses += 1
+            self._full = False
             self.steps["pauses"] += 1
 
     # --- prefill -----------------------------------------------------------------
@@ -238,7 +240,7 @@ class Simulation:
         """SGLang's choice of prompts to go on with, and by how many tokens."""
         if not decision.prefill and decoding:
             return []
-        left = self.machine.max_chunk_tokens
+        left = self.machine.max_chunk_tokens - (len(decoding) if self.setup.mixed else 0)
         if decision.chunk_tokens is not None:
             left = min(left, decision.chunk_tokens)
         batch: list[tuple[Job, int]] = []
@@ -246,17 +248,22 @@ class Simulation:
             if job.view.phase == "prefill" and left > 0:
                 batch.append((job, min(left, job.view.prompt_tokens - job.view.tokens)))
                 left -= batch[-1][1]
+        self._full = self._full and bool(decoding)
         started = 0
-        queue = self._queue(decision) if left > 0 else []
+        queue = self._queue(decision) if left > 0 and not self._full else []
         if queue:
             held = self._held()
             room = self.capacity - held - self.admission.reserved(decoding)
+            # Chunks that are somebody's last: with these they begin to say something.
+            room -= sum(self.admission.to_come(job) for job, _ in batch)
             for job in queue:
-                full = len(decoding) + len(batch) >= self.machine.max_running
+                crowded = len(decoding) + len(batch) >= self.machine.max_running
                 wanted = self.admission.wanted(job)
                 # With nobody else there, who fits at all may start.
                 alone = not held and not batch
-                if left <= 0 or full or (wanted >= room and not alone):
+                short = wanted >= room and not alone
+                if left <= 0 or crowded or short:
+                    self._full = left > 0 and bool(batch or decoding)
                     break
                 batch.append((job, min(left, job.view.prompt_tokens)))
                 left -= batch[-1][1]
@@ -321,11 +328,8 @@ class Simulation:
         self.steps["decode"] += 1
         limit = decision.move_pages if self.placing is None else self.memory.arena_pages
         placed = [job for job in decoding if job.goal is not None or job.host is not None]
-        room = self._room() if placed else 0
-        for job in placed:
-            before = job.resident
-            self.memory.settle(job, limit, room)
-            limit -= max(0, before - job.resident)
+        for job in placed:  # what comes back is read in this step, and stays behind it
+            limit -= self.memory.settle(job, limit, 0)
         stall = self._make_room()
         context = sum(job.view.tokens for job in decoding)
         predicted = max(
@@ -346,26 +350,33 @@ class Simulation:
             self._token(job, measured)
         self.admission.decoded()
 
+    def _mixes(self, decoding: Sequence[Job]) -> bool:
+        """Whether those that decode do so beside chunks of prompts; not without slots for it."""
+        free = self.capacity - self._held()
+        return self.setup.mixed and (self.spec.spills or self._next_slots(decoding) <= free)
+
+    def _next_slots(self, jobs: Sequence[Job]) -> int:
+        """Slots that a token more of each takes."""
+        size = self.machine.page_size
+        return sum(size for job in jobs if job.view.tokens % size == 0)
+
     def _make_slots(self, decoding: list[Job]) -> list[Job]:
         """Requests are thrown out until those that stay have a slot for their next token."""
         free = self.capacity - self._held()
-        size = self.machine.page_size
-
-        def wanted(jobs: Sequence[Job]) -> int:
-            return sum(size for job in jobs if job.view.tokens % size == 0)
-
         stays = list(decoding)
         thrown = False
         for job in retraction_order(decoding):
-            if wanted(stays) <= free or len(stays) == 1:
+            if self._next_slots(stays) <= free or len(stays) == 1:
                 break
             free += self._slots(job.view.tokens)
             stays.remove(job)
             self.memory.release(job)
             job.drop()
+            self._live[job.rid] = self._live.pop(job.rid)  # last in line
             self.retractions += 1
             thrown = True
         if thrown:
+            self._full = False
             self.admission.retracted(stays)
         return stays
 
@@ -382,6 +393,7 @@ class Simulation:
         job.token_s.append(self.now)
         if view.generated >= job.output_tokens:
             del self._live[job.rid]
+            self._full = False
             self.memory.release(job)
             self.controller.finished(view)
 

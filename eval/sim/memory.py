@@ -82,6 +82,8 @@ class Memory:
         read = self.streamed + self.fetched + self.tails_back
         if self.h2d_pages != read:
             faults.append(f"{self.h2d_pages} pages were read, {read} had to be")
+        if self.came_back > self.streamed + self.fetched:
+            faults.append(f"{self.came_back} pages came back, {read - self.tails_back} were read")
         if self.tails != self.tails_back + self.layers * sum(
             job.view.phase == "paused" for job in live
         ):

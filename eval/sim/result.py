@@ -44,13 +44,12 @@ def check(simulation: Simulation) -> None:
 
 def served(simulation: Simulation, repeat: int = 0) -> list[Served]:
     """Every request as its client saw it; a refused one got nothing."""
-    paces = simulation.spec.has("deposit")
-    return [_served(job, repeat, paces) for job in simulation.jobs]
+    return [_served(job, repeat) for job in simulation.jobs]
 
 
-def _served(job: Job, repeat: int, paces: bool) -> Served:
+def _served(job: Job, repeat: int) -> Served:
     view, times = job.view, job.view.times
-    shown = delivered(job.token_s, view.slo) if paces and view.slo.deposit else job.token_s
+    shown = delivered(job.token_s, view.slo) if view.slo.deposit else job.token_s
     generated = None
     if times.ttft_s is not None:
         generated = Generated(times.ttft_s, times.tpot_s, times.max_tbt_s)

@@ -47,7 +47,11 @@ class Admission:
 
     def wanted(self, job: Job) -> int:
         """Slots that a newcomer has to find."""
-        return job.view.prompt_tokens + min(_left(job), MOST_NEW_TOKENS) + job.page_size
+        return job.view.prompt_tokens + self.to_come(job) + job.page_size
+
+    def to_come(self, job: Job) -> int:
+        """Slots that a prompt is counted with for its answer."""
+        return min(_left(job), MOST_NEW_TOKENS)
 
 
 def retraction_order(running: Sequence[Job]) -> list[Job]:

@@ -73,6 +73,7 @@ class Controller:
         self._placed: tuple[frozenset[str], frozenset[str]] | None = None  # None: all resident
         self._balance = Balance(machine, costs)
         self._shared: list[UnitView] = []  # as last looked at
+        self._batch: frozenset[str] = frozenset()  # whom the authors' plan is for, paused or not
 
     # --- what happened --------------------------------------------------------
 
@@ -242,7 +243,7 @@ class Controller:
         active = {view.rid for view in self._active(scene)}
         late = self._prompts.late_in_line(scene)
         wanting = [self._newcomer(view, scene, late) for view in scene.waiting]
-        for view in scene.paused:
+        for view in () if self._planned_away(scene) else scene.paused:
             if not view.settled or view.rid in self._returning:
                 continue
             read = self._pages([view])
@@ -257,6 +258,17 @@ class Controller:
                 Candidacy(view.rid, since, view.arrival_s, slack, read - there, True, owed, read)
             )
         return wanting
+
+    def _planned_away(self, scene: Scene) -> bool:
+        """Whom the authors' plan sets aside stays so until the batch changes; then all return."""
+        if self.spec.streaming != "all" or not scene.decoding:
+            return False
+        batch = frozenset(view.rid for view in [*scene.decoding, *scene.paused])
+        if batch == self._batch:
+            return True
+        if all(view.settled for view in scene.paused):
+            self._batch = batch
+        return False
 
     def _newcomer(self, view: RequestView, scene: Scene, late: Collection[str]) -> Candidacy:
         slack, owed = 0.0, False

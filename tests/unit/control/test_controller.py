@@ -21,6 +21,7 @@ from orbitflow_sglang.control.view import (
     RequestView,
     StepDecision,
 )
+from orbitflow_sglang.planner.paper import solve_paper
 from orbitflow_sglang.planner.problem import PlanningProblem
 from orbitflow_sglang.planner.solver import greedy
 from orbitflow_sglang.planner.worker import Answer
@@ -211,6 +212,30 @@ def test_late_answers_and_plans_for_strangers_do_no_harm(strangers: bool) -> Non
     engine = FakeEngine("orbitflow", load(24, seed=6), worker=worker, costs=replace(FAST_LINK))
     assert_all_served(engine, 24)
     assert worker.asked > 0
+
+
+class PromptWorker(SilentWorker):
+    """Answers before the next step, with the authors' plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._problem: PlanningProblem | None = None
+
+    def submit(self, problem: PlanningProblem, in_force: int | None = None, steps: int = 1) -> None:
+        super().submit(problem, in_force, steps)
+        self._problem = problem
+
+    def poll(self) -> Answer | None:
+        problem, self._problem = self._problem, None
+        return None if problem is None else Answer(self.asked, solve_paper(problem), "solved")
+
+
+def test_whom_the_authors_plan_sets_aside_stays_so_until_the_batch_changes() -> None:
+    jobs = [Job(300 + 16 * i, 60 + i) for i in range(8)]  # half of each does not fit together
+    engine = FakeEngine("paper", jobs, worker=PromptWorker())
+    assert_all_served(engine, len(jobs))
+    returns = sum(bool(decision.resume) for decision in engine.decisions)
+    assert 0 < returns <= 2 * len(jobs)  # each joins the batch once, and leaves it
 
 
 # --- the line ---------------------------------------------------------------------

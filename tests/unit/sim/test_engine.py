@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,17 +62,48 @@ def test_a_step_whose_pages_take_longer_than_compute_is_bound_by_the_link() -> N
 
 
 def test_retraction_throws_away_and_computes_again() -> None:
-    trace = requests((0, 8, 9), (0, 8, 9))
+    trace = requests((0, 8, 9), (0.001, 8, 9))
     hardware = machine(arena_tokens=24)
     simulation = serve("retract", trace, hardware, known_lengths=False, output_limit=2)
     first, second = simulation.jobs
-    # Both are let in: 8 + 2 + a page each, of 24 slots. With 6 pages of 4 tokens, two of a
-    # prompt each, both get a third for tokens 9 to 12; the fourth is one too many, so that
-    # the second goes when both have 12 tokens with KV, of which 4 were said, and a fifth said.
+    # The second is let in behind the first's prompt: 8 + 2 + a page, of 24 slots less 8 and
+    # 0.7 x 2. With 6 pages of 4 tokens, two of a prompt each, both get a third for tokens 9 to
+    # 12; the fourth is one too many, so that the second goes when both have 12 tokens with KV,
+    # of which 4 were said, and a fifth said.
     assert simulation.retractions == 1
     assert second.recomputed == 8 + 5
     assert second.computed == 8 + 13
     assert first.recomputed == 0
+
+
+def test_once_somebody_finds_no_room_nobody_starts_until_somebody_leaves() -> None:
+    # At once: beside 8 + 2 + a page of the first, as much is too much for 24 slots. Behind its
+    # prompt it would not be, but SGLang does not look again while the first decodes.
+    hardware = machine(arena_tokens=24)
+    trace = requests((0, 8, 9), (0, 8, 2))
+    simulation = serve("retract", trace, hardware, known_lengths=False, output_limit=2)
+    first, second = simulation.jobs
+    assert milliseconds(first)[-1] == 8 + 8 * 10
+    assert milliseconds(second) == [96, 106]
+    assert simulation.retractions == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_who_knows_all_lengths_keeps_room_for_them_and_throws_nobody_out(seed: int) -> None:
+    chance = random.Random(seed)
+    lengths = [(chance.random(), chance.randint(1, 40), chance.randint(1, 40)) for _ in range(40)]
+    hardware = machine(arena_tokens=128, chunk_tokens=16)  # most prompts come in chunks
+    assert serve("retract", requests(*lengths), hardware).retractions == 0
+
+
+def test_who_was_thrown_out_is_last_in_line() -> None:
+    trace = requests((0, 8, 9), (0.001, 8, 9), (0.05, 8, 2))
+    hardware = machine(arena_tokens=24)
+    simulation = serve("retract", trace, hardware, known_lengths=False, output_limit=2)
+    _, second, third = simulation.jobs
+    assert simulation.retractions == 1
+    assert third.token_s[0] < second.token_s[-1]
+    assert third.token_s[-1] < second.token_s[-1]
 
 
 def test_swap_brings_back_what_it_set_aside() -> None:
@@ -78,8 +112,9 @@ def test_swap_brings_back_what_it_set_aside() -> None:
     assert simulation.steps["pauses"] == simulation.steps["resumes"] >= 1
     assert simulation.retractions == 0
     memory = simulation.memory
-    # Nothing is streamed: each page comes back as often as it went, tails included.
+    # Each page comes back as often as it went, tails included, and crosses the link for it.
     assert 0 < memory.h2d_pages <= memory.d2h_pages + LAYERS
+    assert 0 < memory.came_back == memory.streamed + memory.fetched
 
 
 @pytest.mark.parametrize("policy", ["swap", "orbitflow", "static:1"])
@@ -138,6 +173,14 @@ def test_paced_delivery_keeps_early_tokens_back_until_the_end() -> None:
         [0.01, 0.029, 0.048, 0.05]
     )
     assert result.delivered([0.0, 0.1], slo) == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("policy", ["retract", "swap", "orbitflow", "orbitflow:no-deposit"])
+def test_delivery_is_paced_for_who_asks_whatever_the_policy(policy: str) -> None:
+    trace = [replace(one, slo=SLO(1.0, 0.05, deposit=True)) for one in requests((0, 8, 4))]
+    (served,) = result.served(serve(policy, trace, machine()))
+    # Computed at 8, 18, 28 and 38 ms; the last token is there before token 2 would be due.
+    assert served.token_s == pytest.approx([0.008, 0.038, 0.038, 0.038])
 
 
 def test_the_papers_metrics_do_not_see_waits_between_steps() -> None:
