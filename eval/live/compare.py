@@ -65,11 +65,18 @@ ON_GPU = (
     *("time-sliced-swap@paced", "orbitflow@paced"),
 )
 DECISIVE = (  # what runs depend on
-    *("orbitflow_sglang/**/*.py", "kernels/*.cu", "patches/**/*.patch", "eval/live/*.py"),
+    *("orbitflow_sglang/**/*.py", "kernels/*", "patches/**/*.patch", "eval/live/*.py"),
     *("eval/bench/measure.py", "eval/client.py", "eval/server.py", "eval/tiny_model.py"),
     "eval/workload/requests.py",
 )
 AROUND = {ROOT / "eval" / "live" / "summary.py"}  # but not this
+ONLY_ON_GPU = {  # nor, on a CPU, what has no part in a server there
+    *(ROOT / "kernels").iterdir(),
+    *(ROOT / "orbitflow_sglang" / "engine" / f"{name}.py"
+      for name in ("attention_flashinfer", "flashinfer_wrappers", "graphs")),
+    *(ROOT / "orbitflow_sglang" / "residency" / f"{name}.py"
+      for name in ("host_memory", "kernels", "streams")),
+}  # fmt: skip
 # Long enough that decoding, not prefill, fills the time of a GPU too.
 GPU_MIX = Mix((320, 1280), (2560, 7680), (160, 480), (800, 1920))
 FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
@@ -246,7 +253,7 @@ def _write_summary(
 def _settings(options: argparse.Namespace, setup: Setup, mix: Mix) -> dict[str, Any]:
     """What must be the same in every cell of a folder."""
     return {
-        "code": hash_of_files(DECISIVE, AROUND),
+        "code": hash_of_files(DECISIVE, AROUND if setup.device == "cuda" else AROUND | ONLY_ON_GPU),
         "setup": setup.as_dict(),
         "mix": vars(mix),
         "requests": options.requests,

@@ -92,6 +92,21 @@ def test_another_model_or_other_code_are_other_settings(
         Results(tmp_path, settings(), resume=True)
 
 
+def test_what_only_a_gpu_runs_is_other_code_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(path.exists() for path in compare.ONLY_ON_GPU)
+    options = compare._parse(["--quick"])
+    seen = []
+
+    def code_of(patterns: object, without: set[Path]) -> str:
+        seen.append(without)
+        return ""
+
+    monkeypatch.setattr(compare, "hash_of_files", code_of)
+    for setup in (Setup(), contestants.ON_GPU):
+        compare._settings(options, setup, Mix())
+    assert seen == [compare.AROUND | compare.ONLY_ON_GPU, compare.AROUND]
+
+
 def test_a_calibration_alone_is_not_kept_for_other_settings(tmp_path: Path) -> None:
     results(tmp_path).calibrated({"step_s": 0.01})
     assert results(tmp_path).calibration == {"step_s": 0.01}
