@@ -166,6 +166,21 @@ def test_mixed_steps_let_decoding_go_on() -> None:
     assert milliseconds(second) == [32]
 
 
+@pytest.mark.parametrize(("policy", "spills"), [("retract", False), ("orbitflow", True)])
+def test_a_mixed_step_needs_room_for_who_decodes_where_nothing_spills(
+    policy: str, spills: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = serve(policy, requests((0, 8, 3)), machine(), mixed=True)
+    (job,) = simulation.jobs
+    monkeypatch.setattr(simulation, "_held", lambda: simulation.capacity)  # nothing is free
+    job.view.tokens = PAGE - 1
+    assert simulation._mixes([job])
+    job.view.tokens = PAGE  # the next token takes a page
+    assert simulation._mixes([job]) is spills
+    monkeypatch.setattr(simulation, "_held", lambda: simulation.capacity - PAGE)
+    assert simulation._mixes([job])
+
+
 def test_paced_delivery_keeps_early_tokens_back_until_the_end() -> None:
     slo = SLO(1.0, 0.02, deposit=True)
     # Released at 0.95 x 20 ms behind token 1; the last two when the last is there, at 0.05.
