@@ -184,13 +184,6 @@ def hash_of_files(patterns: Iterable[str], without: Collection[Path] = ()) -> st
     return digest.hexdigest()[:16]
 
 
-def gpu_results() -> Path:
-    """Each kind of GPU has results of its own."""
-    import torch
-
-    return RESULTS.parent / "-".join(torch.cuda.get_device_name().lower().split())
-
-
 def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all: a campaign is stopped at any moment."""
     partial = path.with_name(path.name + ".partial")
@@ -224,6 +217,14 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_1min_at_end": round(os.getloadavg()[0], 2),
     }
+
+
+def gpu_results(suffix: str = "") -> Path:
+    """Each kind of GPU has results of its own."""
+    import torch
+
+    name = "-".join(torch.cuda.get_device_name().lower().split())
+    return RESULTS.parent / f"{name}{suffix}"
 
 
 def _module() -> str:

@@ -47,7 +47,7 @@ from typing import Any
 import requests
 import torch
 
-from eval.bench.measure import QUICK_RESULTS, ROOT, hash_of_files, write_result
+from eval.bench.measure import QUICK_RESULTS, ROOT, gpu_results, hash_of_files, write_result
 from eval.client import Client, RequestFailed
 from eval.live import contestants, summary
 from eval.live.calibrate import Calibration, calibrate, warm_up
@@ -319,17 +319,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (1 if quick else 3)
     options.requests = options.requests or (16 if quick else 200)
     options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
-    results = _gpu_results() if options.gpu else RESULTS
+    results = gpu_results("-live") if options.gpu else RESULTS
     options.out = options.out or (QUICK_RESULTS / "live" if quick else results)
     if quick and not options.resume:
         shutil.rmtree(QUICK_RESULTS / "live", ignore_errors=True)
     return options
-
-
-def _gpu_results() -> Path:
-    """Each kind of GPU has results of its own."""
-    name = "-".join(torch.cuda.get_device_name().lower().split())
-    return RESULTS.parent / f"{name}-live"
 
 
 def _seconds(milliseconds: float | None) -> float | None:
