@@ -2,7 +2,8 @@
 //
 // Each function launches one kernel on `stream` and returns its cudaError_t. Page ids and counts
 // lie in device memory and the grid is fixed, so a launch can be captured in a CUDA graph and
-// replayed with other pages. A page that is not to be copied has the source id -1.
+// replayed with other pages. A page that is not to be copied has the source id -1. Only
+// orbitflow_copy_runs launches nothing: it asks the copy engine, with ids in host memory.
 
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -10,6 +11,22 @@
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kInFlight = 4;  // words of a thread: what crosses a link takes its time
+
+// A block's threads copy `words` words of 16 bytes, of each of them kInFlight at once.
+template <typename Load>
+__device__ void copy_words(int4* __restrict__ out, const int4* __restrict__ in, int64_t words,
+                           Load load) {
+  int64_t word = threadIdx.x;
+  for (; word + (kInFlight - 1) * blockDim.x < words; word += kInFlight * blockDim.x) {
+    int4 held[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) held[i] = load(in + word + i * blockDim.x);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) __stcs(out + word + i * blockDim.x, held[i]);
+  }
+  for (; word < words; word += blockDim.x) __stcs(out + word, load(in + word));
+}
 
 // One block copies a page at a time, 16 bytes a thread. The memory on either side may be pinned
 // host memory: it is read and written where it lies. Host memory is streamed past the caches.
@@ -23,9 +40,7 @@ __global__ void copy_pages_kernel(int4* __restrict__ target, const int4* __restr
     if (from < 0) continue;
     const int4* __restrict__ in = source + from * words;
     int4* __restrict__ out = target + static_cast<int64_t>(target_ids[page]) * words;
-    for (int64_t word = threadIdx.x; word < words; word += blockDim.x) {
-      __stcs(out + word, __ldcs(in + word));
-    }
+    copy_words(out, in, words, [](const int4* word) { return __ldcs(word); });
   }
 }
 
@@ -40,9 +55,7 @@ __global__ void copy_rows_kernel(int4* __restrict__ target, const int4* __restri
   for (int32_t page = blockIdx.x; page < pages; page += gridDim.x) {
     const int4* __restrict__ in = source + first_rows[page] * words_per_row;
     int4* __restrict__ out = target + static_cast<int64_t>(target_ids[page]) * words;
-    for (int64_t word = threadIdx.x; word < words; word += blockDim.x) {
-      __stcs(out + word, __ldg(in + word));
-    }
+    copy_words(out, in, words, [](const int4* word) { return __ldg(word); });
   }
 }
 
@@ -77,6 +90,21 @@ int orbitflow_copy_pages(void* target, const void* source, const int32_t* target
       static_cast<int4*>(target), static_cast<const int4*>(source), target_ids, source_ids, count,
       page_bytes / sizeof(int4));
   return cudaGetLastError();
+}
+
+// Pages to[i] of the target = of[i] of the source, in one copy for each run of both.
+int orbitflow_copy_runs(char* target, const char* source, const int64_t* to, const int64_t* of,
+                        int64_t pages, int64_t page_bytes, cudaStream_t stream) {
+  for (int64_t begin = 0, end; begin < pages; begin = end) {
+    for (end = begin + 1; end < pages; ++end) {
+      if (to[end] != to[end - 1] + 1 || of[end] != of[end - 1] + 1) break;
+    }
+    const cudaError_t error =
+        cudaMemcpyAsync(target + to[begin] * page_bytes, source + of[begin] * page_bytes,
+                        (end - begin) * page_bytes, cudaMemcpyDefault, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 int orbitflow_copy_rows(void* target, const void* source, const int32_t* target_ids,

@@ -11,6 +11,7 @@ pages: kernel, split and order of summation are then the same as without OrbitFl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from orbitflow_sglang.residency.step import LayerPass
 
 BACKEND = "fa2"  # for all: the module of fa3 takes 20 minutes to compile
 READ_AHEAD = 256  # indices behind the last one that a kernel may look at
+PLANNED_AHEAD = 3  # parts of a layer that are planned while the GPU is behind
 TOLERANCE = 0.05  # of the self-test: what 16 bits lose; a wrong page is off by about 1
 
 
@@ -75,6 +77,32 @@ class TokenSlots:
         return self._slots
 
 
+class InTurn:
+    """Wrappers for one part of several, each planned anew.
+
+    A plan is copied to the GPU from a buffer of its wrapper in host memory, which the wrapper's
+    next plan may overwrite only when that copy is over. With several of them that is long ago.
+    """
+
+    def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
+        self._wrappers = [make() for _ in range(PLANNED_AHEAD)]
+        self._copied: list[Any] = [None] * PLANNED_AHEAD
+        self._on_gpu = device.type == "cuda"
+        self._turn = 0
+
+    def planned(self, plan: Callable[[Any], None]) -> Any:
+        """The next wrapper, with ``plan`` applied to it."""
+        self._turn = turn = (self._turn + 1) % PLANNED_AHEAD
+        if self._copied[turn] is not None:
+            self._copied[turn].synchronize()
+        plan(self._wrappers[turn])
+        if self._on_gpu:
+            event: Any = torch.cuda.Event
+            self._copied[turn] = event()
+            self._copied[turn].record()
+        return self._wrappers[turn]
+
+
 class PagedAttention:
     """Plans and runs the steps of one rank. ``merge`` joins attention to two parts of a context:
     ``(out, lse, out, lse) -> (out, lse)``, LSE to the base 2."""
@@ -97,10 +125,9 @@ class PagedAttention:
         def prefill() -> Any:
             return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=BACKEND)
 
-        # For all that a layer attends to, planned once a step; and for one part of several,
-        # planned anew for each.
-        self._decode, self._decode_part = decode(), decode()
-        self._prefill, self._prefill_part = prefill(), prefill()
+        # For all that a layer attends to, planned once a step; and for one part of several.
+        self._decode, self._decode_parts = decode(), InTurn(decode, self._device)
+        self._prefill, self._prefill_parts = prefill(), InTurn(prefill, self._device)
         self._new = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
             workspace, "NHD", backend=BACKEND
         )
@@ -120,7 +147,6 @@ class PagedAttention:
         self._slots = TokenSlots(counts, tokens, self._page_size, self._device)
         self._last = None
         self._new_tokens = None if new_tokens is None else list(new_tokens)
-        # From host memory: FlashInfer then waits for nothing.
         lengths = _indptr(tokens)
         if self._new_tokens is None:
             self._plan_decode(self._decode, lengths)
@@ -140,8 +166,10 @@ class PagedAttention:
             if part.whole:
                 merged = self._run(self._decode, self._slots_of(part), q, part, scale), None
             elif sum(part.tokens):
-                self._plan_decode(self._decode_part, _indptr(part.tokens).to(self._device))
-                merged = self._add(merged, self._part(self._decode_part, q, part, scale))
+                plan = functools.partial(self._plan_decode, lengths=_indptr(part.tokens))
+                merged = self._add(
+                    merged, self._part(self._decode_parts.planned(plan), q, part, scale)
+                )
         assert merged is not None, "a token attends at least to itself"
         out: torch.Tensor = merged[0]
         return out
@@ -168,18 +196,21 @@ class PagedAttention:
                 found = self._run(self._prefill, slots, q, part, scale, lse=True)
                 merged = self._add(merged, found)
             elif sum(part.tokens):
-                queries = _indptr(self._new_tokens).to(self._device)
-                lengths = _indptr(part.tokens).to(self._device)
-                self._plan_prefill(self._prefill_part, queries, lengths)
-                merged = self._add(merged, self._part(self._prefill_part, q, part, scale))
+                plan = functools.partial(
+                    self._plan_prefill,
+                    queries=_indptr(self._new_tokens),
+                    lengths=_indptr(part.tokens),
+                )
+                merged = self._add(
+                    merged, self._part(self._prefill_parts.planned(plan), q, part, scale)
+                )
         out = merged[0]
         return out
 
     # --- inside -----------------------------------------------------------------
 
     def _plan_decode(self, wrapper: Any, lengths: torch.Tensor) -> None:
-        """``lengths`` in host memory, or on the device where the same wrapper has a plan whose
-        runs may still be under way: FlashInfer waits for them, and then reuses its buffers."""
+        """``lengths`` in host memory: FlashInfer then waits for nothing."""
         heads = self._heads
         wrapper.begin_forward(
             lengths, self._no_indices, torch.ones_like(lengths[1:]),

@@ -18,6 +18,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ class PageKernels(Protocol):
     ) -> None:
         """``target[target_ids[i]] = source[source_ids[i]]`` for i < count; source -1: not."""
 
+    def copy_runs(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, of: np.ndarray
+    ) -> None:
+        """``target[to[i]] = source[of[i]]``, by one copy for each run in which both ids go up by
+        one; the ids lie in host memory, int64."""
+
     def copy_rows(
         self,
         target: torch.Tensor,
@@ -72,7 +79,29 @@ class PageKernels(Protocol):
         request r, whose slots are ``req_to_token[rows[r]]``. Indices ``[layers, positions]``."""
 
 
-class TorchKernels:
+def run_begins(to: np.ndarray, of: np.ndarray) -> list[int]:
+    """Where a stretch begins in which both ids go up by one."""
+    if not len(to):
+        return []
+    broken = (np.diff(to) != 1) | (np.diff(of) != 1)
+    begins: list[int] = np.concatenate([[0], np.flatnonzero(broken) + 1]).tolist()
+    return begins
+
+
+class _Runs:
+    """By PyTorch, which takes ten times as long to ask for a copy."""
+
+    def copy_runs(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, of: np.ndarray
+    ) -> None:
+        begins = run_begins(to, of)
+        for begin, end in zip(begins, [*begins[1:], len(to)], strict=True):
+            count = int(end - begin)
+            t, s = int(to[begin]), int(of[begin])
+            target[t : t + count].copy_(source[s : s + count], non_blocking=True)
+
+
+class TorchKernels(_Runs):
     """What the others have to do. Reads counts on the host, so it cannot be captured."""
 
     name = "torch"
@@ -120,7 +149,7 @@ class TorchKernels:
             indices[:, begin:end] = table[:, (slots // page_size).long()]
 
 
-class TritonKernels:
+class TritonKernels(_Runs):
     """``kernels/pages_triton.py``."""
 
     name = "triton"
@@ -194,6 +223,16 @@ class CUDAKernels:
             self._library.orbitflow_copy_pages, _pointer(target), _pointer(source),
             _pointer(target_ids), _pointer(source_ids), _pointer(count),
             ctypes.c_int64(_page_bytes(target)), ctypes.c_int32(COPY_BLOCKS),
+        )  # fmt: skip
+
+    def copy_runs(
+        self, target: torch.Tensor, source: torch.Tensor, to: np.ndarray, of: np.ndarray
+    ) -> None:
+        to, of = (np.ascontiguousarray(ids, dtype=np.int64) for ids in (to, of))
+        self._call(
+            self._library.orbitflow_copy_runs, _pointer(target), _pointer(source),
+            ctypes.c_void_p(to.ctypes.data), ctypes.c_void_p(of.ctypes.data),
+            ctypes.c_int64(len(to)), ctypes.c_int64(_page_bytes(target)),
         )  # fmt: skip
 
     def copy_rows(

@@ -25,6 +25,7 @@ import torch
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.device import to_device
 from orbitflow_sglang.residency.host_store import HostStore
+from orbitflow_sglang.residency.kernels import PageKernels, run_begins
 from orbitflow_sglang.residency.transfer import LinkStats, Transfer, TransferEngine
 
 Event = Any
@@ -212,7 +213,7 @@ class CUDACopier:
     which takes no call for each run. ``least_run`` pages are a long run: measured, see
     ``measured_least_run``."""
 
-    def __init__(self, kernels: Any, device: torch.device, least_run: float) -> None:
+    def __init__(self, kernels: PageKernels, device: torch.device, least_run: float) -> None:
         self._kernels = kernels
         self._device = device
         self.least_run = least_run
@@ -222,12 +223,8 @@ class CUDACopier:
     ) -> None:
         if not len(to):
             return
-        begins = run_begins(to, of)
-        if len(to) >= self.least_run * len(begins):
-            for begin, end in zip(begins, [*begins[1:], len(to)], strict=True):
-                count = int(end - begin)
-                t, s = int(to[begin]), int(of[begin])
-                target[t : t + count].copy_(source[s : s + count], non_blocking=True)
+        if len(to) >= self.least_run * len(run_begins(to, of)):
+            self._kernels.copy_runs(target, source, to, of)
         else:
             self._kernels.copy_pages(target, source, *self._on_device(to, of))
 
@@ -245,15 +242,6 @@ class CUDACopier:
         """Both ids, and how many, in one small copy."""
         sent = to_device(np.concatenate([to, of, [len(to)]]).astype(np.int32), self._device)
         return sent[: len(to)], sent[len(to) : -1], sent[-1:]
-
-
-def run_begins(to: np.ndarray, of: np.ndarray) -> list[int]:
-    """Where a stretch begins in which both ids go up by one."""
-    if not len(to):
-        return []
-    broken = (np.diff(to) != 1) | (np.diff(of) != 1)
-    begins: list[int] = np.concatenate([[0], np.flatnonzero(broken) + 1]).tolist()
-    return begins
 
 
 def measured_least_run(

@@ -15,8 +15,10 @@ import torch
 from attention_cases import DECODE, EXTEND, Layer, check_decode, check_extend
 
 from orbitflow_sglang.engine.flashinfer_wrappers import (
+    PLANNED_AHEAD,
     READ_AHEAD,
     Heads,
+    InTurn,
     PagedAttention,
     TokenSlots,
     merge_in_torch,
@@ -121,3 +123,29 @@ def test_the_self_test_notices_wrong_numbers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kind, "forward", lambda *a, **k: forward(*a, **k) * 1.5)
     with pytest.raises(RuntimeError, match="off by"):
         self_test(paged, HEADS, 4)
+
+
+def test_a_wrapper_is_planned_again_only_when_its_last_plan_was_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+
+    class Copied:
+        def record(self) -> None:
+            self.of = said[-1]
+
+        def synchronize(self) -> None:
+            said.append(f"waited for {self.of}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Copied)
+    made = iter("abcdef")
+    in_turn = InTurn(lambda: next(made), torch.device("cuda"))
+    used = [
+        in_turn.planned(lambda one, part=part: said.append(f"{part} by {one}"))
+        for part in range(PLANNED_AHEAD + 2)
+    ]
+    assert len(set(used)) == PLANNED_AHEAD and used[:2] == used[PLANNED_AHEAD:]
+    assert said[PLANNED_AHEAD:] == [
+        f"waited for 0 by {used[0]}", f"{PLANNED_AHEAD} by {used[0]}",
+        f"waited for 1 by {used[1]}", f"{PLANNED_AHEAD + 1} by {used[1]}",
+    ]  # fmt: skip

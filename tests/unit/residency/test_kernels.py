@@ -105,8 +105,8 @@ def test_cuda_kernels_compile(architecture: str, tmp_path: Path) -> None:
     library = tmp_path / "pages.so"
     kernels.compile_library(library, (architecture,))
     found = kernels.CUDAKernels(library)._library
-    for name in ("orbitflow_copy_pages", "orbitflow_copy_rows", "orbitflow_layer_indices"):
-        assert getattr(found, name)
+    for name in ("copy_pages", "copy_runs", "copy_rows", "layer_indices"):
+        assert getattr(found, f"orbitflow_{name}")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

@@ -31,10 +31,10 @@ from test_store_machine import StoreMachine
 
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.host_store import HostStore
-from orbitflow_sglang.residency.kernels import TorchKernels
+from orbitflow_sglang.residency.kernels import TorchKernels, run_begins
 from orbitflow_sglang.residency.layout import Capacity
 from orbitflow_sglang.residency.store import ResidencyStore
-from orbitflow_sglang.residency.streams import CUDACopier, StreamTransferEngine, run_begins
+from orbitflow_sglang.residency.streams import CUDACopier, StreamTransferEngine
 
 pytestmark = pytest.mark.unit
 
