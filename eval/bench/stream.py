@@ -189,7 +189,8 @@ def measure(
             for policy in chance.sample(policies, len(policies)):
                 change = {"orbitflow_policy": policies.index(policy)}
                 running.post("/set_internal_state", {"server_args": change})
-                found[policy].append(sample(running, batch, seed, policy))
+                found[policy].append(one := sample(running, batch, seed, policy))
+                print(f"{policy}: {1e3 * one.step_s:.1f} ms a step", file=sys.stderr, flush=True)
     return {policy: found[policy] for policy in policies}
 
 

@@ -1,20 +1,29 @@
-"""Tokens of a server with OrbitFlow on a GPU, against stock SGLang on the same kernels."""
+"""Tokens of a server with OrbitFlow on a GPU, against stock SGLang on the same kernels.
+
+Where a layer is attended at once, every bit is the same. Attention to a prefix and to new tokens,
+or to the parts of a layer that does not fit half the ring, is merged from results of 16 bits, which
+stock SGLang, made to attend to pages only (``eval.server.GPU_ENV``), does not do: there logprobs
+differ as rounding lets them, by up to 0.06 with this model, on an H100 and in PyTorch on a CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from eval.client import Generation
-from eval.identity import compare, first_drift, mixed_requests
+from eval.client import Generation, Request
+from eval.identity import assert_identical, mixed_requests
 from eval.live.contestants import EAGER
 from eval.server import GPU_ENV, GPU_START_S, Server
 from eval.tiny_model import TinyModel, build
 
 MODEL = TinyModel("llama", layers=8, heads=8)
 COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *EAGER)
-WANTED = mixed_requests(32, seed=0, longest=900, max_new_tokens=48, shared_fraction=0.5)
+LENGTHS = {"longest": 900, "max_new_tokens": 48}
+APART = mixed_requests(32, seed=0, **LENGTHS)
+SHARING = mixed_requests(32, seed=0, shared_fraction=0.5, **LENGTHS)
+AT_ONCE = ("--orbitflow-arena-tokens", "4096", "--orbitflow-ring-pages", "256")
+IN_PARTS = ("--orbitflow-arena-tokens", "1024")
+MERGED = 0.1  # of a logprob: twice what merging was seen to do
 POLICIES = ("resident", "static:1", "all-host", "random:1")
 GRAPHS = (
     *("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4", "8"),
@@ -28,43 +37,53 @@ def server(*extra: str) -> Server:
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[tuple[list[Generation], float]]:
-    """What stock SGLang says, and how far its logprobs are off where batches are others.
-
-    Rounding in 16 bits depends on who is in a batch, so stock against itself is the measure.
-    """
+def stock() -> dict[str, list[Generation]]:
+    """What stock SGLang says."""
     with server("--attention-backend", "flashinfer", "--max-total-tokens", "65536") as one:
-        expected = one.generate_many(WANTED, 8)
+        apart = one.generate_many(APART, 8)
         one.flush_cache()
-        again = one.generate_many(WANTED, 1)
-    yield expected, first_drift(expected, again)
+        return {"apart": apart, "sharing": one.generate_many(SHARING, 8)}
+
+
+def ask(policy: str, wanted: list[Request], *flags: str) -> list[Generation]:
+    """Of a server with that policy, which must have moved pages and lost none."""
+    with server(
+        "--enable-orbitflow", "--orbitflow-policy", policy, "--orbitflow-host-memory-gb", "2",
+        *flags,
+    ) as ours:  # fmt: skip
+        answers = ours.generate_many(wanted, 8)
+        ours.wait_idle()
+        (state,) = ours.orbitflow()
+        log = ours.log.read_text(errors="replace")
+    assert ("cuda graph: True" in log) is (flags[-len(GRAPHS) :] == GRAPHS)
+    assert state is not None and state["idle_checks"] > 0 and state["failed_idle_checks"] == 0
+    assert policy == "resident" or state["h2d"]["bytes"] > 0
+    return answers
 
 
 @pytest.mark.parametrize("graphs", [(), GRAPHS], ids=["eager", "graphs"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tokens_are_those_of_stock_sglang(
-    policy: str, graphs: tuple[str, ...], stock: tuple[list[Generation], float]
+    policy: str, graphs: tuple[str, ...], stock: dict[str, list[Generation]]
 ) -> None:
-    expected, drift = stock
-    with server(
-        "--enable-orbitflow", "--orbitflow-policy", policy, "--orbitflow-arena-tokens", "1024",
-        "--orbitflow-host-memory-gb", "2", *graphs,
-    ) as ours:  # fmt: skip
-        answers = ours.generate_many(WANTED, 8)
-        ours.wait_idle()
-        (state,) = ours.orbitflow()
-        log = ours.log.read_text(errors="replace")
-    assert ("cuda graph: True" in log) is bool(graphs)
-    # Two tokens change places when each is off by half their distance.
-    result = compare(expected, answers, tolerance=max(1e-4, 4 * drift))
-    assert result.tokens and not result.failures, result
-    assert state is not None and state["idle_checks"] > 0 and state["failed_idle_checks"] == 0
-    assert policy == "resident" or state["h2d"]["bytes"] > 0
+    answers = ask(policy, APART, *AT_ONCE, *graphs)
+    result = assert_identical(stock["apart"], answers)
+    # Graphs pad a batch, and matrix products may then add up otherwise.
+    assert graphs or result.max_drift == 0.0
+
+
+@pytest.mark.parametrize("policy", ["resident", "all-host"])
+def test_what_is_merged_differs_by_rounding(
+    policy: str, stock: dict[str, list[Generation]]
+) -> None:
+    answers = ask(policy, SHARING, *IN_PARTS)
+    result = assert_identical(stock["sharing"], answers, tolerance=MERGED)
+    assert result.max_drift > 0.0, "nothing was merged"
 
 
 def test_the_controller_serves_more_than_fits() -> None:
     with server("--enable-orbitflow", "--orbitflow-arena-tokens", "4096") as ours:
-        answers = ours.generate_many(WANTED, 32)
+        answers = ours.generate_many(SHARING, 32)
         ours.wait_idle()
         (state,) = ours.orbitflow()
     assert all(answer.finish_reason == "length" for answer in answers)
