@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import sysconfig
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ DualGemmQuantMode = IntEnum("DualGemmQuantMode", "STATIC_PER_TENSOR STATIC_PER_T
 def can_use_dual_gemm(*_):
     return False
 """
-REPLACED = {"sglang": {"sglang/kernels/ops/gemm/cutedsl_dual_gemm.py": NO_DUAL_GEMM}}
+NO_BLACKWELL = {"sglang": {"sglang/kernels/ops/gemm/cutedsl_dual_gemm.py": NO_DUAL_GEMM}}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,7 +101,7 @@ def make(python: str, arch: str, modules: int | None) -> None:
         work = Path(folder)
         wheels = download(python, work / "wheels")
         for wheel in wheels:
-            trim(wheel)
+            trim(wheel, {} if arch.startswith("10.") else NO_BLACKWELL)
         if modules != 0:
             add_modules(wheels, arch, modules, work)
         print("Compressing", flush=True)
@@ -120,11 +121,11 @@ def download(python: str, target: Path) -> list[Path]:
     return sorted(target.glob("*.whl"))
 
 
-def trim(wheel: Path) -> None:
+def trim(wheel: Path, replaced_in: Mapping[str, Mapping[str, str]]) -> None:
     """Take the files out that are not used there, which pip does not miss, and leave the rest
-    uncompressed: all together compress better."""
+    uncompressed: all together compress better. ``replaced_in``: text of files of distributions."""
     distribution = wheel.name.split("-")[0]
-    patterns, replaced = LEFT_OUT.get(distribution, ()), REPLACED.get(distribution, {})
+    patterns, replaced = LEFT_OUT.get(distribution, ()), replaced_in.get(distribution, {})
     smaller = wheel.with_suffix(".part")
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(smaller, "w") as new:
         for item in old.infolist():
@@ -234,8 +235,9 @@ def install(part: Path) -> None:
         *(sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"),
         *("install", "--quiet", "--no-index", "--no-deps"),
     ]
-    name = part.name.removesuffix(".tar.xz")
-    if not (VENV / name).exists():
+    marker = VENV / part.name.removesuffix(".tar.xz")
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    if not marker.exists() or marker.read_text() != digest:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(part) as archive:
                 archive.extractall(folder, filter="data")
@@ -244,8 +246,8 @@ def install(part: Path) -> None:
             for library in Path(folder).glob("*.so"):
                 CACHE.mkdir(parents=True, exist_ok=True)
                 shutil.copy(library, CACHE)
-        (VENV / name).touch()
-    number = int(name.rpartition("-")[2])
+        marker.write_text(digest)
+    number = int(marker.name.rpartition("-")[2])
     if len(list(VENV.glob(f"part-*-of-{number}"))) == number:
         subprocess.run([*pip, "--no-build-isolation", "--editable", str(ROOT)], check=True)
         (VENV / ".set-up").touch()  # the Makefile's stamp

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.bench.link import gpu, needs_gpu
 from eval.bench.measure import (
     QUICK_RESULTS,
     RESULTS,
@@ -89,8 +90,13 @@ def main(argv: Sequence[str]) -> int:
         "runs": [_rounded(run) for run in runs],
     }
     if options.gpu:
-        result |= {"workload": asdict(batch) | {"model": asdict(contestants.GPU_MODEL)},
-                   "server_args": {kind: gpu_flags(kind) for kind in starts}}  # fmt: skip
+        model, repetitions = asdict(contestants.GPU_MODEL), options.repetitions
+        result |= {
+            "gpu": gpu(),
+            "threads": None,
+            "workload": asdict(batch) | {"model": model, "repetitions": repetitions},
+            "server_args": {kind: gpu_flags(kind) for kind in starts},
+        }
     write_result(options.output, argv, result)
     return 0
 
@@ -134,6 +140,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order (%(default)s)")
     parser.add_argument("--output", type=Path, help="(eval/results/{cpu,GPU}/overhead.json)")
     options = parser.parse_args(argv)
+    if options.gpu:
+        needs_gpu(parser)
     options.pairs = options.pairs or (1 if options.quick else 3)
     options.repetitions = options.repetitions or (2 if options.quick else 5)
     results = gpu_results if options.gpu else lambda: RESULTS

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bench.link import large_copy_gb_per_s
+from eval.bench.link import gpu, large_copy_gb_per_s, needs_gpu
 from eval.bench.measure import (
     QUICK_RESULTS,
     RESULTS,
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             for link, s in samples.items()
         },
     }
-    write_result(options.output, argv, result)
+    write_result(options.output, argv, result | ({"gpu": gpu()} if options.gpu else {}))
     return 0
 
 
@@ -129,6 +129,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="(eval/results/{cpu,GPU}/stream.json)")
     options = parser.parse_args(argv)
     if options.gpu:
+        needs_gpu(parser)
+        if options.links:
+            parser.error("--links: with --gpu the link is real")
         options.links = [large_copy_gb_per_s()["h2d"]]
     options.links = options.links or ([0.5] if options.quick else [0.25, 0.5, 1.0, 2.0])
     options.rounds = options.rounds or (1 if options.quick else 3)

@@ -147,6 +147,7 @@ class PagedAttention:
         self._slots = TokenSlots(counts, tokens, self._page_size, self._device)
         self._last = None
         self._new_tokens = None if new_tokens is None else list(new_tokens)
+        # SGLang has waited for the step before, whose plans these wrappers made.
         lengths = _indptr(tokens)
         if self._new_tokens is None:
             self._plan_decode(self._decode, lengths)

@@ -48,10 +48,11 @@ def pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     Raises ``ResidencyError`` where the system does not let so much be pinned. It is given back
     with the last tensor that is a view of it.
     """
-    if device.index is None:  # of this thread; the one that pins would begin with the first GPU
+    if device.index is None:  # of this thread; it may be another one that unpins
         device = torch.device("cuda", torch.cuda.current_device())
     register = functools.partial(_register, device)
-    return pinned(shape, dtype, register, _unregister, local_cores(_bus_of(device)))
+    unregister = functools.partial(_unregister, device)
+    return pinned(shape, dtype, register, unregister, local_cores(_bus_of(device)))
 
 
 def pinned(
@@ -133,9 +134,12 @@ def _register(device: torch.device, address: int, nbytes: int) -> int:
         return int(cuda.cudart().cudaHostRegister(address, nbytes, portable | mapped))
 
 
-def _unregister(address: int) -> int:
+def _unregister(device: torch.device, address: int) -> None:
     cuda: Any = torch.cuda
-    return int(cuda.cudart().cudaHostUnregister(address))
+    with cuda.device(device):
+        cuda.synchronize()  # nothing copies from or to it any more
+        if (error := int(cuda.cudart().cudaHostUnregister(address))) != 0:
+            logger.warning("CUDA error %d when unpinning host memory", error)
 
 
 def _bus_of(device: torch.device) -> str | None:

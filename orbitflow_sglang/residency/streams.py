@@ -250,7 +250,7 @@ def measured_least_run(
     """The shortest run of pages from which the copy engine is as fast as the kernel; infinite
     where it never is. Not below 8: each run is a call, on the thread that schedules. Between
     steps, with the arena free; its contents are lost."""
-    pages = min(256, host.num_pages, arena.num_pages)
+    pages = min(2048, host.num_pages, arena.num_pages)
     for length in lengths:
         spaced = np.arange(pages) // length * (length + 1) + np.arange(pages) % length
         of = spaced[spaced < host.num_pages][:pages]

@@ -17,7 +17,8 @@ from orbitflow_sglang.residency.step import NO_PAGES, Step
 from orbitflow_sglang.residency.store import ResidencyStore
 from orbitflow_sglang.residency.streams import CUDACopier, CUDAStreams, StreamTransferEngine
 
-LAYOUT = KVLayout(4, 16, 2, head_dim=128, v_head_dim=128, dtype=torch.bfloat16)
+HEADS = 5  # so that a page is no multiple of what a block of threads has on its way
+LAYOUT = KVLayout(4, 16, HEADS, head_dim=128, v_head_dim=128, dtype=torch.bfloat16)
 PAGES = 200
 DEVICE = torch.device("cuda")
 
@@ -49,11 +50,12 @@ def test_bytes_arrive_in_both_directions(
     engine = StreamTransferEngine(
         arena, host, CUDAStreams(DEVICE), CUDACopier(page_kernels, DEVICE, least_run)
     )
-    order = np.random.default_rng(0).permutation(PAGES)
+    order = _in_runs(np.random.default_rng(0))
     source, target, back = order[:60], order[60:120], order[120:180]
+    assert {1, 4} < {len(run) for run in _runs(target, source)}
     engine.fetch(source, target).wait()
     engine.write_back(target, back).wait()
-    k, v = torch.randn(2, 5 * 16 + 3, 2, 128, device="cuda").to(torch.bfloat16)
+    k, v = torch.randn(2, 5 * 16 + 3, HEADS, 128, device="cuda").to(torch.bfloat16)
     engine.write_through(k, v, np.array([3, 35]), order[180:182]).wait()
     engine.drain()
     for on_device, on_host, new in ((arena.k, host.k, k), (arena.v, host.v, v)):
@@ -63,6 +65,17 @@ def test_bytes_arrive_in_both_directions(
         assert torch.equal(on_host[order[181]], new[35:51].cpu())
     assert engine.h2d.bytes == 60 * LAYOUT.page_bytes and engine.h2d.busy_s > 0
     engine.close()
+
+
+def _in_runs(chance: np.random.Generator) -> np.ndarray:
+    """All pages, in runs of 1, 4 and 15 that lie anywhere."""
+    lengths = [1, 4, 15] * (PAGES // 20)
+    runs = np.split(np.arange(PAGES), np.cumsum(lengths)[:-1])
+    return np.concatenate([runs[i] for i in chance.permutation(len(runs))])
+
+
+def _runs(to: np.ndarray, of: np.ndarray) -> list[np.ndarray]:
+    return np.split(to, kernels.run_begins(to, of)[1:])
 
 
 def test_layer_indices(page_kernels: kernels.PageKernels) -> None:
@@ -98,7 +111,7 @@ def test_what_a_step_reads_is_what_was_written(ring: int) -> None:
         step = Step(reads=list(held.values()), read_tokens=[5 * size] * len(held), slots=NO_PAGES)
         store.begin(step)
         for layer in range(layers):
-            store.write(layer, *torch.empty(2, 0, 2, 128, dtype=LAYOUT.dtype, device="cuda"))
+            store.write(layer, *torch.empty(2, 0, HEADS, 128, dtype=LAYOUT.dtype, device="cuda"))
             keys: dict[int, list[torch.Tensor]] = {number: [] for number in held}
             values: dict[int, list[torch.Tensor]] = {number: [] for number in held}
             for part in store.passes(layer):
@@ -122,7 +135,7 @@ def _sorted(pages: torch.Tensor) -> list[list[float]]:
 
 
 def _new(content: dict[int, torch.Tensor], layer: int, number: int, rows: int) -> torch.Tensor:
-    new = torch.randn(rows, 2, 128, device="cuda").to(LAYOUT.dtype)
+    new = torch.randn(rows, HEADS, 128, device="cuda").to(LAYOUT.dtype)
     content[layer * 10 + number] = new
     return new
 

@@ -1,9 +1,9 @@
 """Tokens of a server with OrbitFlow on a GPU, against stock SGLang on the same kernels.
 
-Where a layer is attended at once, every bit is the same. Attention to a prefix and to new tokens,
-or to the parts of a layer that does not fit half the ring, is merged from results of 16 bits, which
-stock SGLang, made to attend to pages only (``eval.server.GPU_ENV``), does not do: there logprobs
-differ as rounding lets them, by up to 0.06 with this model, on an H100 and in PyTorch on a CPU.
+Where a layer is attended at once, tokens and logprobs are the same. Attention to a prefix and to
+new tokens, or to the parts of a layer that does not fit half the ring, is merged from results of 16
+bits, which stock SGLang, made to attend to pages only (``eval.server.GPU_ENV``), does not do: there
+logprobs differ as rounding lets them, by 0.06 with this model, on an H100 and in PyTorch on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 
 from eval.client import Generation, Request
-from eval.identity import assert_identical, mixed_requests
+from eval.identity import LOGPROB_TOLERANCE, compare, mixed_requests
 from eval.live.contestants import EAGER
 from eval.server import GPU_ENV, GPU_START_S, Server
 from eval.tiny_model import TinyModel, build
@@ -23,7 +23,7 @@ APART = mixed_requests(32, seed=0, **LENGTHS)
 SHARING = mixed_requests(32, seed=0, shared_fraction=0.5, **LENGTHS)
 AT_ONCE = ("--orbitflow-arena-tokens", "4096", "--orbitflow-ring-pages", "256")
 IN_PARTS = ("--orbitflow-arena-tokens", "1024")
-MERGED = 0.1  # of a logprob: twice what merging was seen to do
+MERGED = 0.1  # of a logprob: merging was seen to do 0.06
 POLICIES = ("resident", "static:1", "all-host", "random:1")
 GRAPHS = (
     *("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4", "8"),
@@ -67,9 +67,9 @@ def test_tokens_are_those_of_stock_sglang(
     policy: str, graphs: tuple[str, ...], stock: dict[str, list[Generation]]
 ) -> None:
     answers = ask(policy, APART, *AT_ONCE, *graphs)
-    result = assert_identical(stock["apart"], answers)
     # Graphs pad a batch, and matrix products may then add up otherwise.
-    assert graphs or result.max_drift == 0.0
+    result = compare(stock["apart"], answers, tolerance=MERGED if graphs else LOGPROB_TOLERANCE)
+    assert result.tokens and not result.failures, result
 
 
 @pytest.mark.parametrize("policy", ["resident", "all-host"])
@@ -77,7 +77,8 @@ def test_what_is_merged_differs_by_rounding(
     policy: str, stock: dict[str, list[Generation]]
 ) -> None:
     answers = ask(policy, SHARING, *IN_PARTS)
-    result = assert_identical(stock["sharing"], answers, tolerance=MERGED)
+    result = compare(stock["sharing"], answers, tolerance=MERGED)
+    assert result.tokens and not result.failures, result
     assert result.max_drift > 0.0, "nothing was merged"
 
 

@@ -27,18 +27,18 @@ def test_a_trimmed_wheel_has_the_rest(tmp_path: Path) -> None:
             file.writestr(name, data)
         file.writestr("sgl_kernel/flash_ops.abi3.so", b"large")
         file.writestr("sgl_kernel/sm100/common_ops.abi3.so", b"other GPU")
-    gpu_bundle.trim(wheel)
+    gpu_bundle.trim(wheel, {})
     with zipfile.ZipFile(wheel) as file:
         assert {name: file.read(name) for name in file.namelist()} == kept
 
 
 def test_what_stands_in_for_a_kernel_of_blackwell_has_its_names(tmp_path: Path) -> None:
     """SGLang is looked at, not imported: it needs CUDA's packages."""
-    ((inside, text),) = gpu_bundle.REPLACED["sglang"].items()
+    ((inside, text),) = gpu_bundle.NO_BLACKWELL["sglang"].items()
     wheel = tmp_path / "sglang-0.5.23-cp312-cp312-manylinux_2_34_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr(inside, "import cutlass")
-    gpu_bundle.trim(wheel)
+    gpu_bundle.trim(wheel, gpu_bundle.NO_BLACKWELL)
     with zipfile.ZipFile(wheel) as file:
         assert file.read(inside).decode() == text
     ours: dict[str, Any] = {}
@@ -135,6 +135,16 @@ def test_with_the_last_part_the_set_up_is_done(
     gpu_bundle.install(tmp_path / "part-2-of-2.tar.xz")
     assert (venv / ".set-up").exists()
     assert (cache / "pages.so").read_bytes() == b"kernels"
+    # Another part of that name is installed, and the same one not again.
+    with tarfile.open(tmp_path / "part-2-of-2.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "two-1-py3-none-any.whl", "two-1-py3-none-any.whl")
+        (tmp_path / "pages.so").write_bytes(b"others")
+        archive.add(tmp_path / "pages.so", "pages.so")
+    gpu_bundle.install(tmp_path / "part-2-of-2.tar.xz")
+    assert (cache / "pages.so").read_bytes() == b"others"
+    (cache / "pages.so").unlink()
+    gpu_bundle.install(tmp_path / "part-2-of-2.tar.xz")
+    assert not (cache / "pages.so").exists()
     # What this Python has is there, too.
     code = "import one, two, ours, torch"
     subprocess.run([venv / "bin" / "python", "-c", code], check=True, cwd=tmp_path)
