@@ -129,7 +129,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m eval.bench.overhead", description=(__doc__ or "").replace("``", "")
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 pair, 2 repetitions")
-    parser.add_argument("--gpu", action="store_true", help="an 8B shape on an NVIDIA GPU")
+    parser.add_argument("--gpu", action="store_true", help="8B shape on an NVIDIA GPU, no --layers")
     parser.add_argument("--pairs", type=int, help="(3)")
     parser.add_argument("--repetitions", type=int, help="measured, for each server (5)")
     parser.add_argument("--layers", type=int, default=12, help="(%(default)s)")

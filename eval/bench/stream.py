@@ -110,7 +110,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m eval.bench.stream", description=(__doc__ or "").replace("``", "")
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 link, 1 round")
-    parser.add_argument("--gpu", action="store_true", help="an 8B shape on an NVIDIA GPU")
+    parser.add_argument("--gpu", action="store_true", help="8B shape on an NVIDIA GPU, no --layers")
     parser.add_argument(
         "--links", type=float, nargs="+", metavar="X", help="10^9 bytes/s (0.25 0.5 1 2)"
     )
