@@ -1,8 +1,4 @@
-"""What of a prompt that waits is there already, looked up without touching the radix tree.
-
-SGLang's own look-up splits nodes and renews their age. Only the first rank of a group looks at
-those that wait, so that would make the ranks' trees, and with them their KV, differ.
-"""
+"""Cached prefixes: what of a prompt that waits is there already, and which give way."""
 
 from __future__ import annotations
 
@@ -11,12 +7,19 @@ from typing import Any
 
 import numpy as np
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from orbitflow_sglang.residency.store import ResidencyStore
 
 
 def cached_prefix(tree: Any, req: Req, live: Iterable[Req]) -> tuple[int, int]:
     """Tokens of its prompt, in whole pages, that are cached; and how many of them ``live``
-    requests have too, so that they are in memory anyway. 0, 0 without a radix tree."""
+    requests have too, so that they are in memory anyway. 0, 0 without a radix tree.
+
+    SGLang's own look-up splits nodes and renews their age. Only the first rank of a group looks
+    at those that wait, so that would make the ranks' trees, and with them their KV, differ.
+    """
     core = getattr(tree, "tree_core", None)
     if core is None or tree.disable:
         return 0, 0
@@ -37,3 +40,21 @@ def _in_common(tokens: np.ndarray, other: Req) -> int:
     theirs = np.asarray(other.origin_input_ids)[: len(tokens)]
     differ = np.flatnonzero(tokens[: len(theirs)] != theirs)
     return int(differ[0]) if len(differ) else len(theirs)
+
+
+def make_way(tree: Any, store: ResidencyStore) -> None:
+    """Evict cached prefixes, oldest first, until the host store can take in as much as the arena
+    holds, or half of what it holds itself if that is less.
+
+    SGLang evicts only when arena and host store are both full, and then just what the next
+    prompt needs. Without room on the host nothing leaves the arena: neither who is paused nor
+    what is cached, so that who comes back finds no room there.
+    """
+    capacity, layout, host = store.capacity, store.layout, store.host
+    wanted = min(capacity.main_pages, capacity.host_pages // 2)
+    while host.num_free < wanted and tree.evictable_size():
+        before = host.num_free
+        pages = -(-(wanted - before) // layout.layers)
+        tree.evict(EvictParams(num_tokens=pages * layout.page_size))
+        if host.num_free == before:  # what is cached lies in the arena
+            return

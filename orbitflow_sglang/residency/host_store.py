@@ -54,6 +54,18 @@ class HostStore:
             parts.append(self._claim(np.flatnonzero(self._free)[:left]))
         return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
 
+    def take_by_layer(self, layers: np.ndarray, hints: np.ndarray) -> np.ndarray:
+        """A page for each of ``layers``, int32; -1 where the store is full.
+
+        The pages of one layer are taken together, behind the first of its ``hints``.
+        """
+        pages = np.full(len(layers), -1, dtype=np.int32)
+        for layer in np.unique(layers):
+            rows = np.flatnonzero(layers == layer)
+            taken = self.take(len(rows), int(hints[rows[0]]))
+            pages[rows[: len(taken)]] = taken
+        return pages
+
     def give(self, pages: np.ndarray) -> None:
         """Take back ``pages``, each of which must have an owner; in any order."""
         self._free[pages] = True

@@ -122,7 +122,9 @@ class ResidencyStore:
     def fetch_ahead(self, pages: np.ndarray, limit: int) -> int:
         """Start bringing up to ``limit`` of the copies that ``pages`` lack to the arena; how
         many. Behind ``begin``, for requests that wait; what the step reads comes by itself."""
-        return self.arrivals.fetch(pages[~self._read[pages]], limit)
+        pages = pages[~self._read[pages]]
+        self._give_way(min(limit, self.arrivals.missing(pages)))
+        return self.arrivals.fetch(pages, limit)
 
     def mirror(self, pages: np.ndarray, limit: int) -> int:
         """Start copying up to ``limit`` of closed ``pages``, which stay, to the host; how many."""
@@ -230,9 +232,7 @@ class ResidencyStore:
         away = (state == PageState.HOST) | (state == PageState.TO_DEVICE)
         away |= (state == PageState.TO_HOST) & (device < 0)
         homeless = (device < 0) | (device >= self.arena.ring_start)
-        need = self.reserve_pages + int((away & homeless & ~table.want_host[:, pages]).sum())
-        if self.arena.num_free < need:
-            self._evict(self._cached_pages(), need)  # in part for a later step: copies take time
+        self._give_way(int((away & homeless & ~table.want_host[:, pages]).sum()))
         self.ring.begin([pages[row] for row in away])
         size = np.int64(self.layout.page_size)
         self._reading = Reading(step, table, self.arena, self.ring, self.layout.page_size)
@@ -388,6 +388,12 @@ class ResidencyStore:
         pages = np.flatnonzero(self._cached & (self.table.device_page >= 0).any(axis=0))
         return pages[np.argsort(self.table.last_used[pages], kind="stable")]
 
+    def _give_way(self, count: int) -> None:
+        """Have cached pages leave for ``count`` that come back, some only at a later step."""
+        need = self.reserve_pages + count
+        if self.arena.num_free < need:
+            self._evict(self._cached_pages(), need)
+
     def _make_room(self, need: int) -> None:
         """Have ``need`` arena pages free, or all that can be: the caller looks.
 
@@ -464,13 +470,7 @@ class ResidencyStore:
             spare_layers, spare = np.nonzero((table.state == PageState.BOTH) & ~table.want_host)
             short = len(pages) - self.host.num_free
             self._drop_host_copies(spare_layers[:short], spare[:short])
-        host = np.full(len(pages), -1, dtype=np.int32)
-        for layer in np.unique(layers):
-            rows = np.flatnonzero(layers == layer)
-            behind = int(table.host_page[layer, pages[rows[0]] - 1])
-            taken = self.host.take(len(rows), behind)
-            host[rows[: len(taken)]] = taken
-        return host
+        return self.host.take_by_layer(layers, table.host_page[layers, pages - 1])
 
     def _check_whole(self) -> None:
         if self._broken is not None:
