@@ -30,7 +30,8 @@ def prompts(count: int, tokens: int, new: int, seed: int) -> list[Request]:
 LONG = prompts(1, 8 * ARENA_TOKENS, 24, seed=11)
 WIDE = prompts(8, 4 * ARENA_TOKENS // 8, 48, seed=12)
 GROWING = prompts(8, 256, 112, seed=15)  # 2,048 tokens of prompts, 2,944 in the end
-ALL = asked_of_stock(STYLE, [*LONG, *WIDE, *GROWING])
+BESIDE_LONG = prompts(1, 400, 24, seed=16)  # together 2,500
+ALL = asked_of_stock(STYLE, [*LONG, *WIDE, *GROWING, *BESIDE_LONG])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,18 @@ def test_a_batch_of_four_arenas_decodes_together(server: Client, stock: Stock) -
     assert_nothing_is_left(server)
 
 
+def test_what_is_cached_gives_way_on_the_host_before_memory_is_full(
+    server: Client, stock: Stock
+) -> None:
+    server.generate_many(LONG, 1)
+    before = evicted_tokens(server)
+    answers = server.generate_many(BESIDE_LONG, 1)
+    assert_identical(stock.answers(STYLE, ALL)[17:], answers)
+    # SGLang itself had room for both.
+    assert evicted_tokens(server) > before
+    assert_nothing_is_left(server)
+
+
 def test_retracted_requests_end_with_their_tokens(server: Client, stock: Stock) -> None:
     # Where outputs may end early, which these do not, SGLang reserves little for those
     # that run, though all for those that it admits: six first, then two more.
@@ -70,7 +83,7 @@ def test_retracted_requests_end_with_their_tokens(server: Client, stock: Stock) 
             time.sleep(0.02)
         second = pool.submit(server.generate_many, GROWING[6:], 2, ignore_eos=False)
         answers = first.result() + second.result()
-    assert_identical(stock.answers(STYLE, ALL)[9:], answers)
+    assert_identical(stock.answers(STYLE, ALL)[9:17], answers)
     assert metric_sum(server.metrics(), "sglang:num_retracted_requests_total") > 0
     assert_nothing_is_left(server)
 
@@ -97,6 +110,11 @@ def test_max_tokens_is_clipped_to_what_fits(server: Client) -> None:
     assert 0 < len(answer.output_ids) < 100
     assert answer.finish_reason == "length"
     assert_nothing_is_left(server)
+
+
+def evicted_tokens(server: Client) -> float:
+    # SGLang has no such series before it has evicted anything.
+    return sum(one.value for one in server.metrics().get("sglang:evicted_tokens_total", ()))
 
 
 def decode_batch_sizes(server: Client) -> dict[int, int]:

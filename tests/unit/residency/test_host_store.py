@@ -36,6 +36,18 @@ def test_a_hint_that_cannot_be_followed() -> None:
     assert host.take(1, int(last_of_group)).tolist() == [2 * RUN_PAGES]
 
 
+def test_pages_of_one_layer_go_on_behind_its_first_hint() -> None:
+    host = make_host(groups=2)
+    first, second = host.take(1)[0], RUN_PAGES
+    assert host.take_by_layer(ids(1, 0, 1, 0), ids(-1, first, first, 7)).tolist() == [
+        *(second, first + 1, second + 1, first + 2)
+    ]
+    layers = ids(*[0] * 2 * RUN_PAGES)
+    taken = host.take_by_layer(layers, np.full(len(layers), -1))
+    assert sorted(taken[:-5]) == sorted(set(range(2 * RUN_PAGES)) - {0, 1, 2, second, second + 1})
+    assert taken[-5:].tolist() == [-1] * 5, "the store is full"
+
+
 def test_full() -> None:
     host = make_host(groups=1, rest=3)
     assert sorted(host.take(100, 4).tolist()) == list(range(RUN_PAGES + 3))

@@ -121,6 +121,26 @@ def test_whole_pages_come_back_to_extents() -> None:
     assert run(store, read_step([1, 2, 3], SIZE)) == [1] * LAYERS
 
 
+def test_cached_pages_give_way_to_those_coming_back() -> None:
+    store = make_store(LAYERS, SIZE, main=LAYERS * 4)
+    run(store, prefill_step([1, 2], SIZE))
+    store.place(ids(1, 2), ON_HOST)
+    settle(store, [1, 2])
+    run(store, prefill_step([3, 4, 5], SIZE))
+    store.place(ids(1, 2), ON_DEVICE)
+    store.begin(tail_step(6, idle_pages=ids(1, 2)))
+    assert store.arena.num_free == 0, "pages 3 to 5 are nobody's, but cached"
+    assert store.fetch_ahead(ids(1, 2), 100) == 0
+    store.end()
+    assert states(store, 3) == states(store, 4) == {"TO_HOST"} and states(store, 5) == {"DEVICE"}
+    store.engine.drain()
+    store.begin(read_step([], SIZE, open_pages=ids(6), idle_pages=ids(1, 2)))
+    assert store.fetch_ahead(ids(1, 2), 100) == 2 * LAYERS
+    store.end()
+    assert store.check() == []
+    assert run(store, read_step([1, 2, 3, 4, 5], SIZE))
+
+
 def test_scattered_pages_are_gathered_a_few_in_a_step() -> None:
     store = make_store(LAYERS, SIZE, main=LAYERS * 8)
     pages = list(range(1, 9))
