@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.bench.measure import QUICK_RESULTS, gpu_results, write_result
+from eval.bench.measure import results_folder, write_result
 from eval.server import PROFILES
 from orbitflow_sglang.residency.arena import Arena
 from orbitflow_sglang.residency.engines import engine_for
@@ -95,9 +95,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="(eval/results/GPU/link.json)")
     options = parser.parse_args(argv)
     needs_gpu(parser)
-    if options.output is None:
-        folder = QUICK_RESULTS if options.quick else gpu_results()
-        options.output = folder / "link.json"
+    folder = results_folder(gpu=True, quick=options.quick)
+    options.output = options.output or folder / "link.json"
     return options
 
 

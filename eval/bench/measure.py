@@ -219,12 +219,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def gpu_results(suffix: str = "") -> Path:
-    """Each kind of GPU has results of its own."""
+def results_folder(*, gpu: bool = False, quick: bool = False, suffix: str = "") -> Path:
+    """The CPU has results of its own, and so has each kind of GPU; smoke runs are not kept."""
+    if quick:
+        return QUICK_RESULTS
+    if not gpu:
+        return RESULTS.with_name(RESULTS.name + suffix)
     import torch
 
     name = "-".join(torch.cuda.get_device_name().lower().split())
-    return RESULTS.parent / f"{name}{suffix}"
+    return RESULTS.with_name(name + suffix)
 
 
 def _module() -> str:

@@ -23,11 +23,9 @@ from typing import Any
 
 from eval.bench.link import gpu, needs_gpu
 from eval.bench.measure import (
-    QUICK_RESULTS,
-    RESULTS,
     Batch,
     Spread,
-    gpu_results,
+    results_folder,
     threads_env,
     write_result,
 )
@@ -144,8 +142,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         needs_gpu(parser)
     options.pairs = options.pairs or (1 if options.quick else 3)
     options.repetitions = options.repetitions or (2 if options.quick else 5)
-    results = gpu_results if options.gpu else lambda: RESULTS
-    folder = QUICK_RESULTS if options.quick else results()
+    folder = results_folder(gpu=options.gpu, quick=options.quick)
     options.output = options.output or folder / "overhead.json"
     return options
 

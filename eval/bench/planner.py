@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from eval import traces
-from eval.bench.measure import QUICK_RESULTS, RESULTS, write_result
+from eval.bench.measure import results_folder, write_result
 from orbitflow_sglang.planner.columns import Columns, solve_columns
 from orbitflow_sglang.planner.evaluation import build_plan
 from orbitflow_sglang.planner.greedy import fill
@@ -64,8 +64,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.problems = options.problems or (10 if options.quick else 200)
     options.changes = options.changes or (100 if options.quick else 2000)
-    folder = QUICK_RESULTS if options.quick else RESULTS
-    options.output = options.output or folder / "planner.json"
+    options.output = options.output or results_folder(quick=options.quick) / "planner.json"
     return options
 
 

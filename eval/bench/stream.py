@@ -25,11 +25,9 @@ from typing import Any
 
 from eval.bench.link import gpu, large_copy_gb_per_s, needs_gpu
 from eval.bench.measure import (
-    QUICK_RESULTS,
-    RESULTS,
     Batch,
     Spread,
-    gpu_results,
+    results_folder,
     threads_env,
     write_result,
 )
@@ -137,8 +135,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.batch = options.batch or (8 if options.gpu else 4)
     options.context = options.context or (4096 if options.gpu else 1500)
-    results = gpu_results if options.gpu else lambda: RESULTS
-    folder = QUICK_RESULTS if options.quick else results()
+    folder = results_folder(gpu=options.gpu, quick=options.quick)
     options.output = options.output or folder / "stream.json"
     return options
 

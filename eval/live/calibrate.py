@@ -21,7 +21,7 @@ from eval.live.replay import replay
 from eval.live.workload import Mix, prompts
 from eval.workload.requests import Targets, TraceRequest, at_once
 
-TTFT_FLOOR_S = 2.0
+TTFT_FLOOR_S = 3.0
 TPOT_FACTOR = 2.0  # of an all-resident step
 FILL = 0.9  # of the arena in the batch that is timed
 REPETITIONS = 3

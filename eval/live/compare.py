@@ -11,7 +11,7 @@ alone meanwhile; a run in which others used more than 0.2 of them says so, and -
 Load 1 is the rate at which `queue` (no offload) drains the whole trace offered at time 0;
 a repeat has a trace and prompts of its own, the load is that of the first one's drain.
 SLOs are multiples of what was measured at the start: TPOT two decode steps of a batch that
-fills the arena, TTFT 2 s or five unloaded prefills of that length, if longer.
+fills the arena, TTFT 3 s or five unloaded prefills of that length, if longer.
 
 Chosen so that memory is the bottleneck, on two cores of an AMD EPYC:
 - One thread of PyTorch: with two a step took 24 instead of 15 ms. SGLang's other
@@ -20,11 +20,11 @@ Chosen so that memory is the bottleneck, on two cores of an AMD EPYC:
   decide, and the model is so small that what these cores really do for a layer, Python and
   copies included, fits in: see docs/evaluation.md. --real-compute: not.
 - Arena 4,096 tokens, inputs 64-256 or 512-1536, outputs 32-96 or 160-384: six requests of
-  mean size fit (676 tokens), two of the largest. t = 24 ms; prefill takes 0.33 ms a token.
-  So what fills the arena was prefilled in 1.4 s and decodes for 4 s: mu = 3.2.
-- Link 0.07e9 bytes/s: h = 1.7 MB a step, rho = 0.2 of the arena.
+  mean size fit (676 tokens), two of the largest. t = 36 ms; prefill takes 0.5 ms a token.
+  So what fills the arena was prefilled in 2 s and decodes for 6 s: mu = 3.2.
+- Link 0.047e9 bytes/s: h = 1.7 MB a step, rho = 0.2 of the arena.
 - Prefill chunks of 512 tokens: one stops decoding for the time of 7 steps.
-- 200 requests: 260 s to drain, 290 s at load 0.9, and 20 to 30 s for the server. `static:d` is
+- 200 requests: 380 s to drain, 420 s at load 0.9, and 20 to 30 s for the server. `static:d` is
   bound by the link and takes twice as long.
 - No prompt shares a prefix with another, so the radix cache decides nothing.
 
@@ -47,7 +47,7 @@ from typing import Any
 import requests
 import torch
 
-from eval.bench.measure import QUICK_RESULTS, ROOT, gpu_results, hash_of_files, write_result
+from eval.bench.measure import QUICK_RESULTS, ROOT, hash_of_files, results_folder, write_result
 from eval.client import Client, RequestFailed
 from eval.live import contestants, summary
 from eval.live.calibrate import Calibration, calibrate, warm_up
@@ -59,15 +59,15 @@ from eval.live.workload import Mix, draw, prompts
 from eval.server import ServerFailed
 from eval.workload.requests import TraceRequest, at_rate, with_slo
 
-RESULTS = ROOT / "eval" / "results" / "cpu-live"
+RESULTS = results_folder(suffix="-live")
 ON_GPU = (
     *("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow"),
     *("time-sliced-swap@paced", "orbitflow@paced"),
 )
 DECISIVE = (  # what runs depend on
-    *("orbitflow_sglang/**/*.py", "kernels/*", "patches/**/*.patch", "eval/live/*.py"),
-    *("eval/bench/measure.py", "eval/client.py", "eval/server.py", "eval/tiny_model.py"),
-    "eval/workload/requests.py",
+    *("orbitflow_sglang/**/*.py", "kernels/*.cu", "kernels/*.py", "patches/**/*.patch"),
+    *("eval/live/*.py", "eval/bench/measure.py", "eval/workload/requests.py"),
+    *("eval/client.py", "eval/server.py", "eval/tiny_model.py"),
 )
 AROUND = {ROOT / "eval" / "live" / "summary.py"}  # but not this
 ONLY_ON_GPU = {  # nor, on a CPU, what has no part in a server there
@@ -79,6 +79,7 @@ ONLY_ON_GPU = {  # nor, on a CPU, what has no part in a server there
 }  # fmt: skip
 # Long enough that decoding, not prefill, fills the time of a GPU too.
 GPU_MIX = Mix((320, 1280), (2560, 7680), (160, 480), (800, 1920))
+SLOW = 0.02  # a machine on which compute takes so much longer than emulated decides with
 FAILURES = (ServerFailed, RuntimeError, requests.RequestException)  # of a server, not of ours
 
 
@@ -216,12 +217,16 @@ def _outcome(results: Results, cell: Cell) -> str:
     found = summary.metrics(rows)
     run = results.runs[-1]
     others = run["others_cores"]
+    emulated = (run["orbitflow"] or {}).get("emulated_compute") or {}
+    slow = ""
+    if (beyond := emulated.get("overrun_s", 0.0) / max(1e-9, emulated.get("s", 0.0))) > SLOW:
+        slow = f", SLOW: compute took {beyond:.1%} longer than emulated"
     disturbed = f", DISTURBED: others used {others:.1f} cores" * (others > DISTURBED_CORES)
     return (
         f"good {found['good']:.2f}, strict {found['strict']:.2f}, TTFT ok {found['ttft_ok']:.2f}, "
         f"TPOT ok {found['tpot_ok']:.2f}, {summary.tokens_per_s(rows):.0f} tokens/s in "
         f"{summary.makespan_s(rows):.0f} s, {found['errors']} errors, {run['mismatches']} with "
-        f"other ids{', ' + run['problem'] if run['problem'] else ''}{disturbed}"
+        f"other ids{', ' + run['problem'] if run['problem'] else ''}{disturbed}{slow}"
     )
 
 
@@ -287,7 +292,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--repeats", type=int, help="(3)")
     add("--requests", type=int, help="of one run (200)")
     add("--calibrate-with", metavar="NAME", help="whose drain is load 1 (queue)")
-    add("--ttft-slo-ms", type=float, help="(2000, or 5 unloaded prefills if longer)")
+    add("--ttft-slo-ms", type=float, help="(3000, or 5 unloaded prefills if longer)")
     add("--tpot-slo-ms", type=float, help="(2 decode steps of a full arena)")
     add("--cv", type=float, default=Mix.cv, help="of the time between arrivals (%(default)s)")
     add("--arena-tokens", type=int, help=f"({default.arena_tokens})")
@@ -319,7 +324,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (1 if quick else 3)
     options.requests = options.requests or (16 if quick else 200)
     options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
-    results = gpu_results("-live") if options.gpu else RESULTS
+    results = results_folder(gpu=options.gpu, suffix="-live")
     options.out = options.out or (QUICK_RESULTS / "live" if quick else results)
     if quick and not options.resume:
         shutil.rmtree(QUICK_RESULTS / "live", ignore_errors=True)

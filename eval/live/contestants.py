@@ -63,9 +63,9 @@ class Setup:
 
     device: str = "cpu"
     arena_tokens: int = 4096
-    link_gb_per_s: float | None = 0.07  # emulated, 10^9 bytes/s each direction; None: a real one
+    link_gb_per_s: float | None = 0.047  # emulated, 10^9 bytes/s each direction; None: a real one
     # Emulated too, milliseconds of a layer: see ``engine.emulated_compute``. None: as it comes.
-    compute_ms: tuple[float, float, float, float] | None = (1.6, 0.06, 0.2, 36.0)
+    compute_ms: tuple[float, float, float, float] | None = (2.4, 0.09, 0.3, 54.0)
     host_memory_gb: float = 0.0625
     page_size: int = 16
     prefill_chunk: int = 512

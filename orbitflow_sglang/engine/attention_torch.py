@@ -47,6 +47,8 @@ class OrbitFlowTorchBackend(OrbitFlowBackend):
         self._new_tokens: list[int] = []
         costs = LayerCosts.from_env()
         self._emulated = None if costs is None else EmulatedCompute(costs)
+        if isinstance(self.reader, Runtime):
+            self.reader.emulated = self._emulated
 
     def begin(self, step: StepInput) -> None:
         self._new_tokens = [n - b for n, b in zip(step.seq_lens, step.before, strict=True)]

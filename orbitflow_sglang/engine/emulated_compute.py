@@ -4,7 +4,8 @@ For comparing policies on a machine whose speed varies, and where Python is not 
 compute of a GPU: as with the emulated link, what is to be compared then decides, and not the
 machine. ``$ORBITFLOW_EMULATED_COMPUTE`` holds four numbers, milliseconds of one layer: of any
 step, for each request that decodes, for each thousand tokens of their context, for each thousand
-tokens of a prompt. A layer whose real compute takes longer takes longer.
+tokens of a prompt. Where real compute takes longer, the step's other layers make up for it; what
+is left is counted, for a machine that is too slow for the device decides after all.
 """
 
 from __future__ import annotations
@@ -55,21 +56,27 @@ class EmulatedCompute:
 
     def __init__(self, costs: LayerCosts) -> None:
         self._costs = costs
+        self.compute_s = 0.0  # of all layers so far, as they are said to take
+        self.overrun_s = 0.0  # by which steps took longer
         self._layer_s = 0.0
-        self._end_s = 0.0  # of the layer before
+        self._end_s = 0.0  # of the layer before, on the device
+        self._late_s = 0.0  # by which real compute ended behind it
         self._stall_s = 0.0  # until then
 
     def begin(self, step: StepInput, stall_s: float) -> None:
         """``stall_s``: what compute has waited for pages since start, here as below."""
-        self._layer_s = self._costs.of(step)
+        self.overrun_s += self._late_s
+        self._layer_s, self._late_s = self._costs.of(step), 0.0
         self._end_s = time.perf_counter()
         self._stall_s = stall_s
 
     def end_layer(self, stall_s: float) -> None:
         """Return when the layer that has been computed would have been by the device."""
-        end_s = self._end_s + self._layer_s + stall_s - self._stall_s
-        if (left := end_s - time.perf_counter() - SPIN_S) > 0:
+        self._end_s += self._layer_s + stall_s - self._stall_s
+        self._stall_s = stall_s
+        self.compute_s += self._layer_s
+        if (left := self._end_s - time.perf_counter() - SPIN_S) > 0:
             time.sleep(left)
-        while (now := time.perf_counter()) < end_s:
+        while (now := time.perf_counter()) < self._end_s:
             pass
-        self._end_s, self._stall_s = now, stall_s
+        self._late_s = now - self._end_s

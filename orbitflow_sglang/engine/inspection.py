@@ -56,11 +56,19 @@ def describe(runtime: Runtime, live: list[LiveRequest]) -> dict[str, Any]:
         "failed_idle_checks": counters.failed_idle_checks,
         "failed_steps": counters.failed_steps,
         "decode_batch_sizes": {str(k): n for k, n in sorted(runtime.decode_batch_sizes.items())},
+        "emulated_compute": _emulated(runtime),
         "profile": _profile(runtime),
         "control": None if runtime.control is None else runtime.control.describe(),
         "num_requests": len(live),
         "requests": [_request(runtime, request) for request in listed],
     }
+
+
+def _emulated(runtime: Runtime) -> dict[str, float] | None:
+    """Seconds that layers were said to take, and that steps took beyond; None: as they come."""
+    if runtime.emulated is None:
+        return None
+    return {"s": runtime.emulated.compute_s, "overrun_s": runtime.emulated.overrun_s}
 
 
 def _profile(runtime: Runtime) -> dict[str, Any] | None:

@@ -105,6 +105,7 @@ class Runtime:
         self.rows: PageRows  # set by the attention backend
         self.live: Callable[[], list[LiveRequest]] = list
         self.cached_pages: Callable[[], np.ndarray] = lambda: NO_PAGES  # of the radix tree
+        self.emulated: Any = None  # engine.emulated_compute.EmulatedCompute, on a test bed
         self.before_step: Callable[[Runtime], None] | None = None  # test control only
         self._uniform: _Uniform | None = None
         self._checked_at: tuple[int, int] | None = None

@@ -60,10 +60,21 @@ def test_a_layer_ends_when_the_device_would_be_done(monkeypatch: pytest.MonkeyPa
     clock.now += 0.004  # waiting for pages, and computing
     emulated.end_layer(stall_s=2.0035)
     assert clock.now - begun == pytest.approx(2 * layer + 0.0035, abs=2e-5)
-    before = clock.now
-    clock.now += 0.02  # slower than the device: nothing is made up for later
-    emulated.end_layer(stall_s=2.0035)
-    assert clock.now - before == pytest.approx(0.02, abs=1e-5)
-    clock.now += 0.0001
-    emulated.end_layer(stall_s=2.0035)
-    assert clock.now - before == pytest.approx(0.02 + layer, abs=3e-5)
+
+
+def test_a_slow_layer_is_made_up_for_within_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(emulated_compute, "time", clock)
+    emulated, layer = EmulatedCompute(COSTS), COSTS.of(DECODE)
+    for overrun in (0.0, 0.003):
+        emulated.begin(DECODE, stall_s=0.0)
+        begun = clock.now
+        clock.now += 1.5 * layer
+        emulated.end_layer(stall_s=0.0)
+        assert clock.now - begun == pytest.approx(1.5 * layer, abs=1e-5)
+        clock.now += 0.1 * layer + (0.4 * layer + overrun if overrun else 0.0)
+        emulated.end_layer(stall_s=0.0)
+        assert clock.now - begun == pytest.approx(2 * layer + overrun, abs=2e-5)
+    emulated.begin(DECODE, stall_s=0.0)
+    assert emulated.compute_s == pytest.approx(4 * layer)
+    assert emulated.overrun_s == pytest.approx(0.003, abs=2e-5)

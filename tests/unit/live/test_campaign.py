@@ -252,7 +252,7 @@ def test_numbers_of_a_calibration() -> None:
     # 10 requests of 300 tokens fill the arena: 200 steps against 10 prefills of 200 tokens.
     assert numbers["mu"] == pytest.approx(200 * 0.01 / (10 * 200 * 0.0002))
     targets = calibration.targets()
-    assert targets.tpot_s == pytest.approx(0.02) and targets.of(10).ttft_s == 2.0
+    assert targets.tpot_s == pytest.approx(0.02) and targets.of(10).ttft_s == 3.0
     assert calibration.targets(ttft_s=0.1).of(10_000).ttft_s == 0.1
 
 
