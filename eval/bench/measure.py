@@ -30,7 +30,6 @@ from eval.client import Client
 from eval.identity import FIRST_ORDINARY_TOKEN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "eval" / "results" / "cpu"
 QUICK_RESULTS = ROOT / ".cache" / "bench"  # of smoke runs: not to be committed
 STREAM_INTERVAL = 8
 VOCAB_SIZE = 2048
@@ -219,16 +218,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def results_folder(*, gpu: bool = False, quick: bool = False, suffix: str = "") -> Path:
+def results_folder(*, gpu: bool = False, quick: bool = False, kind: str = "") -> Path:
     """The CPU has results of its own, and so has each kind of GPU; smoke runs are not kept."""
     if quick:
-        return QUICK_RESULTS
-    if not gpu:
-        return RESULTS.with_name(RESULTS.name + suffix)
-    import torch
+        return QUICK_RESULTS / kind
+    name = "cpu"
+    if gpu:
+        import torch
 
-    name = "-".join(torch.cuda.get_device_name().lower().split())
-    return RESULTS.with_name(name + suffix)
+        name = "-".join(torch.cuda.get_device_name().lower().split())
+    return ROOT / "eval" / "results" / (f"{name}-{kind}" if kind else name)
 
 
 def _module() -> str:

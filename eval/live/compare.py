@@ -47,7 +47,7 @@ from typing import Any
 import requests
 import torch
 
-from eval.bench.measure import QUICK_RESULTS, ROOT, hash_of_files, results_folder, write_result
+from eval.bench.measure import ROOT, hash_of_files, results_folder, write_result
 from eval.client import Client, RequestFailed
 from eval.live import contestants, summary
 from eval.live.calibrate import Calibration, calibrate, warm_up
@@ -59,7 +59,7 @@ from eval.live.workload import Mix, draw, prompts
 from eval.server import ServerFailed
 from eval.workload.requests import TraceRequest, at_rate, with_slo
 
-RESULTS = results_folder(suffix="-live")
+RESULTS = results_folder(kind="live")
 ON_GPU = (
     *("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow"),
     *("time-sliced-swap@paced", "orbitflow@paced"),
@@ -324,10 +324,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (1 if quick else 3)
     options.requests = options.requests or (16 if quick else 200)
     options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
-    results = results_folder(gpu=options.gpu, suffix="-live")
-    options.out = options.out or (QUICK_RESULTS / "live" if quick else results)
+    folder = results_folder(gpu=options.gpu, quick=quick, kind="live")
+    options.out = options.out or folder
     if quick and not options.resume:
-        shutil.rmtree(QUICK_RESULTS / "live", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return options
 
 

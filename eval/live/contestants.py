@@ -10,7 +10,7 @@
 
 All have the same device KV, page size, prefill chunk, bound on running requests and, but for
 ``stock-torch-native``, attention kernels. On the CPU, host and device are joined by an emulated
-link, and layers take at least the time of an emulated device.
+link, and layers take the time of an emulated device.
 """
 
 from __future__ import annotations

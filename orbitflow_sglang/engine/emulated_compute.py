@@ -57,21 +57,32 @@ class EmulatedCompute:
     def __init__(self, costs: LayerCosts) -> None:
         self._costs = costs
         self.compute_s = 0.0  # of all layers so far, as they are said to take
-        self.overrun_s = 0.0  # by which steps took longer
+        self._overrun_s = 0.0
         self._layer_s = 0.0
         self._end_s = 0.0  # of the layer before, on the device
         self._late_s = 0.0  # by which real compute ended behind it
         self._stall_s = 0.0  # until then
 
+    @property
+    def overrun_s(self) -> float:
+        """By which steps so far took longer than their layers are said to."""
+        return self._overrun_s + self._late_s
+
+    def forget(self) -> None:
+        """What was counted so far was not for any request."""
+        self.compute_s = self._overrun_s = self._late_s = 0.0
+
     def begin(self, step: StepInput, stall_s: float) -> None:
         """``stall_s``: what compute has waited for pages since start, here as below."""
-        self.overrun_s += self._late_s
+        self._overrun_s += self._late_s
         self._layer_s, self._late_s = self._costs.of(step), 0.0
         self._end_s = time.perf_counter()
         self._stall_s = stall_s
 
     def end_layer(self, stall_s: float) -> None:
         """Return when the layer that has been computed would have been by the device."""
+        if stall_s > self._stall_s:  # until the pages came, which no device would have made up
+            self._end_s += self._late_s
         self._end_s += self._layer_s + stall_s - self._stall_s
         self._stall_s = stall_s
         self.compute_s += self._layer_s

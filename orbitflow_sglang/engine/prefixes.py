@@ -42,9 +42,9 @@ def _in_common(tokens: np.ndarray, other: Req) -> int:
     return int(differ[0]) if len(differ) else len(theirs)
 
 
-def make_way(tree: Any, store: ResidencyStore) -> None:
-    """Evict cached prefixes, oldest first, until the host store can take in as much as the arena
-    holds, or half of what it holds itself if that is less.
+def make_host_room(tree: Any, store: ResidencyStore) -> None:
+    """Evict cached prefixes that are on the host, as SGLang orders them, until the host store can
+    take in as much as the arena holds, or half of its own size if that is less.
 
     SGLang evicts only when arena and host store are both full, and then just what the next
     prompt needs. Without room on the host nothing leaves the arena: neither who is paused nor
@@ -54,7 +54,8 @@ def make_way(tree: Any, store: ResidencyStore) -> None:
     wanted = min(capacity.main_pages, capacity.host_pages // 2)
     while host.num_free < wanted and tree.evictable_size():
         before = host.num_free
-        pages = -(-(wanted - before) // layout.layers)
-        tree.evict(EvictParams(num_tokens=pages * layout.page_size))
-        if host.num_free == before:  # what is cached lies in the arena
+        pages = -(-min(wanted - before, store.cached_on_host()) // layout.layers)
+        if pages:
+            tree.evict(EvictParams(num_tokens=pages * layout.page_size))
+        if host.num_free == before:  # the rest belongs to requests, or what went was in the arena
             return

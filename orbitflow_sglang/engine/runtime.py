@@ -121,6 +121,8 @@ class Runtime:
         self.store.renew()
         self.counters = Counters()
         self.decode_batch_sizes.clear()
+        if self.emulated is not None:
+            self.emulated.forget()
         self.placer.reset()
         self._checked_at = None
 

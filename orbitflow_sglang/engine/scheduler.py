@@ -17,7 +17,7 @@ from orbitflow_sglang.engine.control import SchedulerControl
 from orbitflow_sglang.engine.launcher import HANDSHAKE
 from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
-from orbitflow_sglang.engine.prefixes import make_way
+from orbitflow_sglang.engine.prefixes import make_host_room
 from orbitflow_sglang.engine.recovery import StepFailed, recover
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.engine.startup import build_control
@@ -43,6 +43,8 @@ def run_batch(
     runtime.live = lambda: live_requests(scheduler, batch)
     if runtime.control is not None:
         runtime.control.launch(batch)
+    if runtime.placer.spills or runtime.placer.mirrors:
+        make_host_room(scheduler.tree_cache, runtime.store)
     try:
         try:
             return original(scheduler, batch, *args, **kwargs)
@@ -80,13 +82,10 @@ def broadcast_requests(
 def choose_next_batch(
     original: Callable[..., Any], scheduler: Scheduler, running_batch: Any, last_batch: Any
 ) -> Any:
-    """Around ``get_next_batch_to_run``: the decision comes first, and resumed requests; then room
-    on the host for what it sends there."""
-    runtime = runtime_of(scheduler)
-    if runtime.control is not None:
-        running_batch = runtime.control.before(running_batch, last_batch)
-    if runtime.placer.spills or runtime.placer.mirrors:
-        make_way(scheduler.tree_cache, runtime.store)
+    """Around ``get_next_batch_to_run``: the decision comes first, and resumed requests."""
+    control = control_of(scheduler)
+    if control is not None:
+        running_batch = control.before(running_batch, last_batch)
     return original(scheduler, running_batch=running_batch, last_batch=last_batch)
 
 

@@ -64,6 +64,13 @@ class PageTable:
         """Logical pages with an owner, page 0 left out."""
         return np.flatnonzero(self.in_use)[1:]
 
+    def mask(self, *pages: np.ndarray) -> np.ndarray:
+        """Whether each logical page is among ``pages``, integers."""
+        found = np.zeros_like(self.in_use)
+        for some in pages:
+            found[some] = True
+        return found
+
     def claim(self, pages: np.ndarray) -> None:
         self.in_use[pages] = True
 

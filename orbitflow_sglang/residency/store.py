@@ -204,26 +204,20 @@ class ResidencyStore:
         host together lack the room.
         """
         table = self.table
-        self._clock += 1
-        self._written = 0
+        self._clock, self._written = self._clock + 1, 0
         self._check_whole()
         self.arrivals.complete()
         self._write_backs.note()
-        self._read = read = np.zeros_like(table.in_use)
-        read[np.concatenate([NO_PAGES, *step.reads])] = True
-        batch = read.copy()
-        batch[step.open_pages] = True
-        batch &= table.in_use
-        live = batch.copy()
-        live[step.idle_pages] = True
+        self._read = read = table.mask(*step.reads)
+        batch = (read | table.mask(step.open_pages)) & table.in_use
+        live = batch | table.mask(step.idle_pages)
         table.last_used[live] = self._clock
-        live[step.open_pages] = False
-        cached = table.in_use & ~live
-        cached[step.open_pages] = False
-        live[0] = cached[0] = False
-        self._live, self._cached = live, cached
+        closed = ~table.mask(np.zeros(1, dtype=np.int64), step.open_pages)
+        self._live, was_cached = live & closed, self._cached
+        self._cached = table.in_use & ~live & closed
+        table.want_host[:, self._cached & ~was_cached] = False  # that was for who has left
         self._reopen(step.open_pages)
-        self._settle(np.flatnonzero(live))
+        self._settle(np.flatnonzero(self._live))
         self._open_new(step, read)
         self.step = step
         pages = np.flatnonzero(batch)
@@ -276,6 +270,11 @@ class ResidencyStore:
         self.step = self._reading = None
 
     # --- checks ---------------------------------------------------------------
+
+    def cached_on_host(self) -> int:
+        """Host pages of what no live request held as the last step with tables began."""
+        cached = np.flatnonzero(self._cached & self.table.in_use)
+        return int((self.table.host_page[:, cached] >= 0).sum())
 
     def quiesce(self) -> None:
         """Finish what is under way and drop what was fetched ahead; between two steps."""
@@ -417,23 +416,24 @@ class ResidencyStore:
     def _evict(self, pages: np.ndarray, need: int) -> int:
         """Go towards ``need`` free arena pages with those of ``pages``, in that order.
 
-        Where the host has a copy the arena page is free at once; elsewhere the
-        copy is started. Pages go in all layers together, so that extents come free.
-        Returns how many of their arena pages will come free as copies end.
+        Where the host has a copy the arena page is free at once; elsewhere the copy is started:
+        how many that will free is returned. Pages go in all layers, so that extents come free.
         """
         table = self.table
         columns, layers = np.nonzero(table.state[:, pages].T == PageState.BOTH)
         chosen = whole_pages(columns, need - self.arena.num_free)
-        table.want_host[layers[chosen], pages[columns[chosen]]] = True
-        self._drop_device_copies(layers[chosen], pages[columns[chosen]])
+        layers, there = layers[chosen], pages[columns[chosen]]
+        table.want_host[layers, there] = self._live[there]  # whoever hits others has them back
+        self._drop_device_copies(layers, there)
 
         state = table.state[:, pages]
         leaving = (state == PageState.TO_HOST) & (table.device_page[:, pages] >= 0)
         on_way = int(leaving.sum())
         columns, layers = np.nonzero(state.T == PageState.DEVICE)
         chosen = whole_pages(columns, need - self.arena.num_free - on_way)
-        table.want_host[layers[chosen], pages[columns[chosen]]] = True
-        return on_way + self._write_back(layers[chosen], pages[columns[chosen]])
+        layers, to_go = layers[chosen], pages[columns[chosen]]
+        table.want_host[layers, to_go] = self._live[to_go]
+        return on_way + self._write_back(layers, to_go)
 
     def _drop_device_copies(self, layers: np.ndarray, pages: np.ndarray) -> None:
         table = self.table

@@ -78,3 +78,18 @@ def test_a_slow_layer_is_made_up_for_within_its_step(monkeypatch: pytest.MonkeyP
     emulated.begin(DECODE, stall_s=0.0)
     assert emulated.compute_s == pytest.approx(4 * layer)
     assert emulated.overrun_s == pytest.approx(0.003, abs=2e-5)
+
+
+def test_what_was_late_is_not_made_up_for_behind_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(emulated_compute, "time", clock)
+    emulated, layer = EmulatedCompute(COSTS), COSTS.of(DECODE)
+    emulated.begin(DECODE, stall_s=0.0)
+    clock.now += 1.5 * layer
+    emulated.end_layer(stall_s=0.0)
+    clock.now += 3 * layer  # the pages come
+    came = clock.now
+    emulated.end_layer(stall_s=3 * layer)
+    assert clock.now - came == pytest.approx(layer, abs=2e-5)
+    emulated.forget()
+    assert (emulated.compute_s, emulated.overrun_s) == (0.0, 0.0)

@@ -24,7 +24,7 @@ def store() -> ResidencyStore:
     run(store, prefill_step([DEVICE, HOST, BOTH, TO_DEVICE, TO_HOST], SIZE))
     settle(store, [HOST, BOTH, TO_DEVICE])
     store.place(ids(BOTH), device)
-    run(store, read_step([BOTH], SIZE))
+    run(store, read_step([BOTH], SIZE, idle_pages=ids(TO_DEVICE)))
     run(store, read_step([TO_DEVICE], SIZE))
     store.place(ids(TO_HOST), host)
     store.begin(Step([ids(TO_DEVICE)], [SIZE], ids(0), idle_pages=ids(TO_HOST)))

@@ -95,7 +95,7 @@ def test_a_page_that_should_stay_is_fetched_home() -> None:
 
 def test_room_is_made_for_the_layer_whose_turn_it_is() -> None:
     store = store_with([1, 2], [True] * 4, ring=4)
-    run(store, read_step([1], SIZE))
+    run(store, read_step([1], SIZE, idle_pages=ids(2)))
     assert store.ring.num_free == 0, "one page of each layer has been fetched ahead"
     store.begin(read_step([1, 2], SIZE))
     assert issued(store) == [[True, False]] * 4

@@ -216,6 +216,25 @@ def test_cached_pages_make_way_for_live_ones_that_are_to_come_back() -> None:
     assert ((home >= 0) & (home < store.arena.ring_start)).all()
 
 
+def test_whoever_hits_a_cached_page_has_it_in_the_arena() -> None:
+    """Wherever those wanted it who have left, and whatever it had to give way to since."""
+    store = make_store(LAYERS, SIZE, main=LAYERS * 3)
+    store.place(ids(1), ON_HOST)
+    run(store, prefill_step([1], SIZE))
+    run(store, prefill_step([2], SIZE))  # the first has ended
+    store.reserve_pages = 3 * LAYERS
+    run(store, tail_step(9))  # the second, too
+    store.engine.drain()
+    run(store, read_step([], SIZE, open_pages=ids(9)))
+    assert states(store, 1) == states(store, 2) == {"HOST"}
+    store.reserve_pages = 0
+    for _ in range(2):
+        run(store, read_step([1, 2], SIZE, open_pages=ids(9)))
+    home = store.table.device_page[:, [1, 2]]
+    assert ((home >= 0) & (home < store.arena.ring_start)).all()
+    assert store.ring.num_free == store.capacity.ring_pages, "nothing is streamed any more"
+
+
 def test_what_the_ring_fetches_to_the_arena_can_leave_again() -> None:
     store = make_store(LAYERS, SIZE, main=LAYERS * 2, ring=6)
     run(store, prefill_step([1], SIZE))
