@@ -8,7 +8,9 @@ unless said otherwise: what it costs to stream is taken from the model's two cor
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import json
 import os
 import platform
@@ -18,6 +20,7 @@ import statistics
 import sys
 import threading
 import time
+import tokenize
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK_RESULTS = ROOT / ".cache" / "bench"  # of smoke runs: not to be committed
 STREAM_INTERVAL = 8
 VOCAB_SIZE = 2048
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -174,13 +178,33 @@ def threads_env(threads: int | None) -> dict[str, str]:
 
 
 def hash_of_files(patterns: Iterable[str], without: Collection[Path] = ()) -> str:
-    """Names the code that results depend on: files of the repository, their paths and contents."""
+    """Names the code that results depend on: files of the repository, their paths and contents,
+    of Python what it does."""
     digest = hashlib.sha256()
     for pattern in patterns:
         files = (path for path in ROOT.glob(pattern) if path.is_file() and path not in without)
         for path in sorted(files):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+            content = path.read_bytes()
+            if path.suffix == ".py":
+                content = without_comments(content.decode()).encode()
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + content)
     return digest.hexdigest()[:16]
+
+
+def without_comments(source: str) -> str:
+    """Python less its comments, docstrings and blank lines: hours of results outlive a change of
+    these."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            for row in range(docstring.lineno, (docstring.end_lineno or 0) + 1):
+                lines[row - 1] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def write_whole(path: Path, data: bytes) -> None:

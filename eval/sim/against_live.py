@@ -26,9 +26,8 @@ from eval.sim.engine import Setup, Simulation
 from eval.sim.hardware import Hardware, Linear
 from eval.sim.result import check, served
 
-# Of this machine: what a chunk takes beyond its tokens, and what copies beside a step add to it
+# Of this machine: what copies beside a step add to it
 # (docs/evaluation.md, The simulator against real servers).
-CHUNK_S = 0.0075
 TIERED_S = 0.0005
 COPY_SLOWDOWN = 0.15
 COLUMNS = ("contestant", "load", "repeat", "good, live", "simulated", "gap between tokens, live",
@@ -140,7 +139,7 @@ def machine_of(
             per_request_s=layers * compute["per_request_s"],
             per_token_s=layers * compute["per_token_s"],
             prefill_per_token_s=calibration.prefill_s_per_token,
-            prefill_constant_s=CHUNK_S,
+            prefill_constant_s=calibration.prefill_s,
             tiered_s=TIERED_S,
             copy_slowdown=COPY_SLOWDOWN,
         ),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.bench.measure import DecodeWindow, Event, Spread, decode_window
+from eval.bench.measure import DecodeWindow, Event, Spread, decode_window, without_comments
 from eval.bench.overhead import KINDS, Run, orders, ratios
 from eval.bench.stream import Sample, bound_s, nothing, table
 from orbitflow_sglang.planner.policies import make_policy
@@ -90,3 +90,24 @@ def test_nothing_names_a_policy_that_spills_and_offloads_no_layer() -> None:
     policy = make_policy(nothing(12))
     assert policy.spills
     assert not policy.place(units=3, layers=12).any()
+
+
+def test_what_code_does_outlives_comments_and_docstrings() -> None:
+    documented = '''"""A module."""
+
+# why
+def f(x: str) -> str:
+    """What it does.
+
+    At length.
+    """
+    y = "# not a comment"  # but this is
+    """Nor is this a docstring."""
+    return x + y
+'''
+    bare = '''def f(x: str) -> str:
+    y = "# not a comment"
+    """Nor is this a docstring."""
+    return x + y'''
+    assert without_comments(documented) == without_comments(bare) == bare
+    assert without_comments(bare.replace("    return", "return")) != bare
