@@ -30,7 +30,7 @@ from eval.bench.measure import (
     write_result,
 )
 from eval.live import contestants
-from eval.server import Server, stock_args
+from eval.server import Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
 
 AIM = 0.98
@@ -45,7 +45,7 @@ KINDS = {
 # On a GPU: who of ``eval.live.contestants``, and further flags.
 GRAPHS = ("--cuda-graph-backend-decode", "breakable")
 GPU_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "stock": ("stock", ()),
+    "stock": ("stock", ("--cuda-graph-backend-prefill", "disabled")),  # steps that decode count
     "stock-eager": ("stock-eager", ()),
     "orbitflow": ("orbitflow", ()),
     "orbitflow-graphs": ("orbitflow", GRAPHS),
@@ -65,38 +65,57 @@ class Run:
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     starts = gpu_servers() if options.gpu else cpu_servers(options.layers, options.threads)
+    kinds = sorted({"stock", *options.kinds} if options.kinds else starts)
+    about = _about(options, kinds)
     batch = Batch(options.batch, options.context, options.tokens)
-    runs = []
-    for pair, order in enumerate(orders(sorted(starts), options.pairs, options.seed), start=1):
+    runs: list[Run] = []
+    failed = []
+    for pair, order in enumerate(orders(kinds, options.pairs, options.seed), start=1):
         for kind in order:
-            runs.append(measure(starts[kind], pair, kind, batch, options.repetitions))
+            try:
+                runs.append(measure(starts[kind], pair, kind, batch, options.repetitions))
+            except ServerFailed as error:
+                failed.append(f"pair {pair} {kind}: {error}")
+                print(failed[-1], file=sys.stderr, flush=True)
+                continue
             rates = " ".join(f"{rate:7.1f}" for rate in runs[-1].tokens_per_s)
             print(f"pair {pair}  {kind:<16}  {rates}  tokens/s", flush=True)
-    found = {kind: ratios(runs, kind) for kind in starts if kind != "stock"}
+            # Each time: on a machine that is lent, what is not written yet may be lost.
+            write_result(options.output, argv, about | _result(runs, kinds) | {"failed": failed})
     print()
-    for kind, per_pair in found.items():
-        each = " ".join(f"{ratio:.3f}" for ratio in per_pair)
-        print(f"{kind} / stock, per pair: {each}; median {Spread.of(per_pair)}")
+    for kind in kinds:
+        if per_pair := ratios(runs, kind) if kind != "stock" else []:
+            each = " ".join(f"{ratio:.3f}" for ratio in per_pair)
+            print(f"{kind} / stock, per pair: {each}; median {Spread.of(per_pair)}")
     print(f"aim at least {AIM}")
-    result = {
+    return 1 if failed else 0
+
+
+def _about(options: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
+    """What is measured, and on what."""
+    model: dict[str, Any] = {"layers": options.layers}
+    if options.gpu:
+        model = {"model": asdict(contestants.GPU_MODEL)}
+    found = {
         "aim": AIM,
-        "ratio": {kind: asdict(Spread.of(per_pair)) for kind, per_pair in found.items()},
-        "ratios": {kind: [round(one, 4) for one in per_pair] for kind, per_pair in found.items()},
-        "workload": asdict(batch) | {"layers": options.layers, "repetitions": options.repetitions},
-        "threads": options.threads or "all cores",
-        "server_args": {kind: list(args) for kind, args in KINDS.items()},
+        "workload": asdict(Batch(options.batch, options.context, options.tokens))
+        | model
+        | {"repetitions": options.repetitions},
+        "threads": None if options.gpu else options.threads or "all cores",
+        "server_args": {
+            kind: gpu_flags(kind) if options.gpu else list(KINDS[kind]) for kind in kinds
+        },
+    }
+    return found | ({"gpu": gpu()} if options.gpu else {})
+
+
+def _result(runs: Sequence[Run], kinds: Sequence[str]) -> dict[str, Any]:
+    found = {kind: ratios(runs, kind) for kind in kinds if kind != "stock"}
+    return {
+        "ratio": {kind: asdict(Spread.of(pairs)) for kind, pairs in found.items() if pairs},
+        "ratios": {kind: [round(one, 4) for one in pairs] for kind, pairs in found.items()},
         "runs": [_rounded(run) for run in runs],
     }
-    if options.gpu:
-        model, repetitions = asdict(contestants.GPU_MODEL), options.repetitions
-        result |= {
-            "gpu": gpu(),
-            "threads": None,
-            "workload": asdict(batch) | {"model": model, "repetitions": repetitions},
-            "server_args": {kind: gpu_flags(kind) for kind in starts},
-        }
-    write_result(options.output, argv, result)
-    return 0
 
 
 def cpu_servers(layers: int, threads: int | None) -> Starts:
@@ -129,6 +148,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 pair, 2 repetitions")
     parser.add_argument("--gpu", action="store_true", help="8B shape on an NVIDIA GPU, no --layers")
     parser.add_argument("--pairs", type=int, help="(3)")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="beside stock (all there are)")
     parser.add_argument("--repetitions", type=int, help="measured, for each server (5)")
     parser.add_argument("--layers", type=int, default=12, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
@@ -142,6 +162,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         needs_gpu(parser)
     options.pairs = options.pairs or (1 if options.quick else 3)
     options.repetitions = options.repetitions or (2 if options.quick else 5)
+    known = GPU_KINDS if options.gpu else KINDS
+    if unknown := set(options.kinds or ()) - known.keys():
+        parser.error(f"--kinds: no {', '.join(sorted(unknown))} among {', '.join(known)}")
     folder = results_folder(gpu=options.gpu, quick=options.quick)
     options.output = options.output or folder / "overhead.json"
     return options
@@ -166,11 +189,11 @@ def measure(
 
 
 def ratios(runs: Sequence[Run], kind: str) -> list[float]:
-    """For each pair, the throughput of that kind as a share of stock's."""
+    """For each pair that has both, the throughput of that kind as a share of stock's."""
     medians: dict[tuple[int, str], float] = {
         (run.pair, run.kind): statistics.median(run.tokens_per_s) for run in runs
     }
-    pairs = sorted({run.pair for run in runs})
+    pairs = sorted(pair for pair, one in medians if one == kind and (pair, "stock") in medians)
     return [medians[pair, kind] / medians[pair, "stock"] for pair in pairs]
 
 

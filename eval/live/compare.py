@@ -4,9 +4,10 @@ For every repeat, load and contestant a server is started, warmed up, given the 
 of requests as all the others, and stopped; one is alive at a time, in an order drawn anew for
 each repeat. What each client saw is stored request by request, and summarised with intervals
 over requests and differences paired by request. A campaign takes hours and can be stopped at
-any time: --resume goes on where it was, unless what decides has changed. Two cores must be left
-alone meanwhile; a run in which others used more than 0.2 of them says so, and --redo-disturbed
-0.2 repeats it.
+any time: --resume goes on where it was, unless what decides has changed; where only code has,
+--other-code keeps what it made, and each run says which code that was. Two cores must be left
+alone meanwhile; a run in which others used more than 0.2 of them says so, and --redo-disturbed 0.2
+repeats it.
 
 Load 1 is the rate at which `queue` (no offload) drains the whole trace offered at time 0;
 a repeat has a trace and prompts of its own, the load is that of the first one's drain.
@@ -90,8 +91,9 @@ def main(argv: Sequence[str]) -> int:
         for name in (*options.contestants, options.calibrate_with):
             contestants.check(name, setup)
         results = Results(
-            options.out, _settings(options, setup, mix), options.resume, options.redo_disturbed
-        )
+            options.out, _settings(options, setup, mix), options.resume, options.redo_disturbed,
+            options.other_code,
+        )  # fmt: skip
     except (CannotResume, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -305,6 +307,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of traces, prompts and orders (%(default)s)")
     add("--out", type=Path, help="folder (eval/results/cpu-live; on a GPU eval/results/NAME-live)")
     add("--resume", action="store_true", help="skip the runs that the folder has")
+    add("--other-code", action="store_true", help="with --resume: keep runs that other code made")
     add(
         "--redo-disturbed",
         type=float,

@@ -53,8 +53,10 @@ class Results:
         settings: Mapping[str, Any],
         resume: bool = False,
         redo_disturbed: float | None = None,
+        other_code: bool = False,
     ) -> None:
-        """``redo_disturbed``: a run in which others used more cores does not count as done."""
+        """``redo_disturbed``: a run in which others used more cores does not count as done;
+        ``other_code``: one of other code does."""
         self.folder = folder
         self._requests = folder / "requests.jsonl.gz"
         self._runs = folder / "runs.jsonl"
@@ -65,7 +67,7 @@ class Results:
             raise CannotResume(f"{folder} has results: give --resume, or another --out")
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.calibration: dict[str, Any] | None = None
-        self._take_settings()
+        self._take_settings({"code"} if other_code else set())
         most = math.inf if redo_disturbed is None else redo_disturbed
         self.runs: list[Row] = [
             run for run in self._read_runs() if run.get("others_cores", 0.0) <= most
@@ -89,7 +91,8 @@ class Results:
         rows = [self._row(cell, answer) for answer in answers]
         mismatches = sum(row["mismatch_at"] is not None for row in rows)
         self.rows += rows
-        self.runs.append(_cell_fields(cell) | {"mismatches": mismatches} | dict(run))
+        known = {"code": self.settings.get("code"), "mismatches": mismatches}
+        self.runs.append(_cell_fields(cell) | known | dict(run))
         lines = (json.dumps(row, separators=(",", ":")) for row in self.rows)
         write_whole(self._references, gzip.compress(_json(self.references), mtime=0))
         write_whole(self._requests, gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
@@ -105,12 +108,13 @@ class Results:
         differs = None if reference is None else first_difference(reference, answer.output_ids)
         return _cell_fields(cell) | to_row(answer) | {"mismatch_at": differs}
 
-    def _take_settings(self) -> None:
+    def _take_settings(self, whatever: set[str]) -> None:
+        """``whatever``: names of settings that may differ."""
         if not self._settings.exists():
             return
         stored = json.loads(self._settings.read_text(encoding="utf-8"))
         calibration = stored.pop("calibration", None)
-        differing = sorted(_differing(stored, self.settings))
+        differing = sorted(set(_differing(stored, self.settings)) - whatever)
         if not differing:
             self.calibration = calibration
         elif self._runs.exists():

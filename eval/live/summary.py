@@ -103,6 +103,7 @@ def _contestant(served: Sequence[Served], runs: Sequence[Row]) -> dict[str, Any]
         "tokens_per_s": sum(rates) / len(rates),
         "tokens_per_s_by_repeat": rates,
         "makespan_s_by_repeat": [makespan_s(run) for run in repeats.values()],
+        "code_by_repeat": [run.get("code") for run in runs],
         "mismatches": sum(run["mismatches"] for run in runs),
         "failed_idle_checks": _total(runs, "failed_idle_checks"),
         "problems": [run["problem"] for run in runs if run.get("problem")],

@@ -109,6 +109,7 @@ def _key(
     args = resolved_view(scheduler.server_args)
     model = scheduler.model_config
     points = [(p.batch, p.context) for p in measuring.decode_points(room)]
+    graphs = getattr(args.cuda_graph_config, "decode", None)
     return {
         "model": args.model_path,
         "model_config": hashlib.sha256(model.hf_config.to_json_string().encode()).hexdigest(),
@@ -125,6 +126,7 @@ def _key(
         "layers": store.layout.layers,
         "tp_size": get_parallel().tp_size,
         "attention_backend": args.attention_backend,
+        "graphs": str(getattr(graphs, "backend", None)),
         "link_gb_per_s": config.emulated_link_gb_per_s,
         "compute": os.environ.get(emulated_compute.VARIABLE),
         "host_store": store.host.num_pages >= 2,

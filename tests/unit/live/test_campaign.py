@@ -90,6 +90,11 @@ def test_another_model_or_other_code_are_other_settings(
     monkeypatch.setattr(compare, "DECISIVE", compare.DECISIVE[1:])
     with pytest.raises(CannotResume, match="other code:"):
         Results(tmp_path, settings(), resume=True)
+    mixed = Results(tmp_path, settings(), resume=True, other_code=True)
+    assert mixed.calibration == {"step_s": 0.01}
+    mixed.add(Cell(1, 0.9, "stock"), [answer("a")], RUN)
+    codes = [run["code"] for run in mixed.runs]
+    assert codes == [first.settings["code"], mixed.settings["code"]] and codes[0] != codes[1]
 
 
 def test_what_only_a_gpu_runs_is_other_code_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
