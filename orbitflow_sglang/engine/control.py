@@ -444,10 +444,10 @@ class SchedulerControl:
             slo = request_slo(req.sampling_params.custom_params, slo)
         except SLOError as error:  # checked at the door, unless it came in by another one
             logger.warning("OrbitFlow: %s: %s", req.rid, error)
-        entered = req.time_stats.wait_queue_entry_time
+        came = req.time_stats.created_time or req.time_stats.wait_queue_entry_time
         return RequestView(
             rid=req.rid,
-            arrival_s=entered if entered > 0 else time.perf_counter(),
+            arrival_s=came or time.perf_counter(),
             slo=slo,
             prompt_tokens=len(req.origin_input_ids),
             max_new_tokens=req.sampling_params.max_new_tokens,

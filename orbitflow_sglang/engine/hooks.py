@@ -27,6 +27,7 @@ _INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 )
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+_TIMES = "sglang.srt.observability.req_time_stats"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _GRAPHS = (
     "sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend"
@@ -65,9 +66,7 @@ ALWAYS = (
 # missing in the detokenizer.
 DETOKENIZER = (
     Hook(
-        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__",
-        HookType.AFTER,
-        "streaming:time_stats_state",
+        f"{_TIMES}.SchedulerReqTimeStats.__getstate__", HookType.AFTER, "streaming:time_stats_state"
     ),
 )
 # Wrapped where requests come in and answers go out: in the launcher, or with
@@ -93,6 +92,11 @@ REQUESTS = (
         HookType.BEFORE,
         "requests:normalize_batch_and_arguments",
     ),
+    Hook(
+        f"{_TIMES}.APIServerReqTimeStats.__getstate__",
+        HookType.AFTER,
+        "requests:state_with_arrival",
+    ),
     Hook(f"{_TOKENIZER}._handle_batch_output", HookType.AROUND, "streaming:handle_batch_output"),
     Hook(f"{_TOKENIZER}._stream_one_response", HookType.AROUND, "streaming:stream_one_response"),
 )
@@ -111,6 +115,11 @@ TOKENIZER_WORKER = "subprocess_started"  # uvicorn's function for its workers
 CONTROLLER = (
     Hook(f"{_CONTROLLER}.launch_dp_schedulers", HookType.BEFORE, "launcher:watch_schedulers"),
     Hook(f"{_CONTROLLER}.get_init_info", HookType.AFTER, "launcher:controller_init_info"),
+    Hook(
+        f"{_TIMES}.DPControllerReqTimeStats.__getstate__",
+        HookType.AFTER,
+        "requests:state_with_arrival",
+    ),
 )
 # Wrapped in scheduler processes of a server with OrbitFlow.
 SCHEDULER = (

@@ -1,4 +1,4 @@
-"""Hooks that refuse requests whose OrbitFlow parameters cannot be honoured.
+"""Hooks on requests that come in: those that cannot be honoured are refused, others tell when.
 
 The HTTP endpoints check what they have parsed before they answer, so that a stream is
 refused with a status of 400, too. All ways into the server, ``sgl.Engine.generate`` among
@@ -49,6 +49,15 @@ def validate_openai_request(found: str | None, serving: Any, request: Any) -> st
     except SLOError as error:
         return str(error)
     return None
+
+
+def state_with_arrival(state: dict[str, Any], stats: Any) -> dict[str, Any]:
+    """After ``__getstate__`` of a request's times on their way to the scheduler: when it came in.
+
+    TTFT counts from there. The scheduler sees a request behind the step under way, which may be a
+    long chunk of a prompt, and SGLang does not tell it.
+    """
+    return {**state, "created_time": stats.created_time}
 
 
 def normalize_batch_and_arguments(request: Any) -> None:

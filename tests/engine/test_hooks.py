@@ -28,10 +28,9 @@ ALWAYS = {
 }
 OPENAI = "sglang.srt.entrypoints.openai"
 TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+TIMES = "sglang.srt.observability.req_time_stats"
 DETOKENIZER = {
-    "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.__getstate__": (
-        "streaming.time_stats_state"
-    ),
+    f"{TIMES}.SchedulerReqTimeStats.__getstate__": "streaming.time_stats_state",
 }
 LAUNCHER = {
     **DETOKENIZER,
@@ -48,6 +47,7 @@ LAUNCHER = {
     "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments": (
         "requests.normalize_batch_and_arguments"
     ),
+    f"{TIMES}.APIServerReqTimeStats.__getstate__": "requests.state_with_arrival",
     f"{TOKENIZER}._handle_batch_output": "streaming.handle_batch_output",
     f"{TOKENIZER}._stream_one_response": "streaming.stream_one_response",
 }
@@ -102,6 +102,7 @@ SCHEDULER = {
 CONTROLLER = {
     f"{IN_CONTROLLER}.launch_dp_schedulers": "launcher.watch_schedulers",
     f"{IN_CONTROLLER}.get_init_info": "launcher.controller_init_info",
+    f"{TIMES}.DPControllerReqTimeStats.__getstate__": "requests.state_with_arrival",
 }
 TEST_CONTROL = {f"{INTERNAL_STATE}._update_handlers": "test_control.update_handlers"}
 TARGETS = sorted(ALWAYS | LAUNCHER | CONTROLLER | SCHEDULER | TEST_CONTROL)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from orbitflow_sglang.slo import SLO
+
 
 @pytest.fixture(scope="module")
 def engine() -> dict[str, ModuleType]:
@@ -62,6 +64,19 @@ def test_where_a_paused_request_ends_newcomers_are_looked_at_again(
     control.abort("one", everything=False)
     assert not control._scheduler.running_batch.batch_is_full
     assert (ended, control.paused) == (["first"], {"two": "second"})
+
+
+@pytest.mark.parametrize(("at_the_door", "came"), [(3.0, 3.0), (0.0, 5.0)])
+def test_a_request_has_waited_since_it_came_to_the_server(
+    engine: dict[str, ModuleType], at_the_door: float, came: float
+) -> None:
+    control = object.__new__(engine["control"].SchedulerControl)
+    control.targets = SimpleNamespace(of=lambda tokens: SLO(ttft_s=1.0))
+    control._scheduler = SimpleNamespace(enable_overlap=False)
+    times = SimpleNamespace(created_time=at_the_door, wait_queue_entry_time=5.0)
+    req = request(rid="one", origin_input_ids=[1, 2], time_stats=times)
+    vars(req.sampling_params).update(custom_params=None, max_new_tokens=4)
+    assert control._new_view(req).arrival_s == came
 
 
 @pytest.mark.parametrize("finishing", [[], ["somebody"]])

@@ -107,11 +107,13 @@ def test_good_parameters_are_served(server: Server, form: str, stream: bool) -> 
 WITHOUT_A_SERVER = """
 import pickle
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
+from sglang.srt.observability.req_time_stats import (
+    APIServerReqTimeStats, DPControllerReqTimeStats, SchedulerReqTimeStats,
+)
 from sglang.srt.plugins.hook_registry import HookRegistry
 from orbitflow_sglang.engine import hooks
 
-hooks.register(hooks.LAUNCHER)
+hooks.register((*hooks.LAUNCHER, *hooks.CONTROLLER))
 HookRegistry.apply_hooks()
 hooks.verify(hooks.LAUNCHER)
 bad = {"custom_params": {"orbitflow": {"tpot_slo_ms": 0}}}
@@ -126,17 +128,23 @@ for metrics in (False, True):
     stats.orbitflow = {"pauses": 3}
     assert pickle.loads(pickle.dumps(stats)).orbitflow == {"pauses": 3}
 print("CROSSED")
+at_the_door = APIServerReqTimeStats(created_time=123.5)
+with_replicas = DPControllerReqTimeStats.new_from_obj(pickle.loads(pickle.dumps(at_the_door)))
+for stats in (at_the_door, with_replicas):
+    seen = SchedulerReqTimeStats.new_from_obj(pickle.loads(pickle.dumps(stats)))
+    assert abs(seen.created_time - 123.5) < 1e-2, seen.created_time  # clocks of two processes
+print("ARRIVED")
 """
 
 
-def test_an_engine_refuses_and_the_schedulers_part_crosses_processes() -> None:
+def test_an_engine_refuses_and_our_parts_cross_processes() -> None:
     run = run_python("-c", WITHOUT_A_SERVER)
     assert run.returncode == 0, run.stderr[-2000:]
     field = "custom_params.orbitflow.tpot_slo_ms"
     message = f"{field} must be a number of milliseconds from 0.001 to 1e+09, got 0"
     refused = [line for line in run.stdout.splitlines() if line.startswith("REFUSED")]
     assert refused == [f"REFUSED {message}", f"REFUSED sampling_params[1]: {message}"]
-    assert "CROSSED" in run.stdout
+    assert "CROSSED" in run.stdout and "ARRIVED" in run.stdout
 
 
 # --- the report ---------------------------------------------------------------
