@@ -97,6 +97,17 @@ def test_another_model_or_other_code_are_other_settings(
     assert codes == [first.settings["code"], mixed.settings["code"]] and codes[0] != codes[1]
 
 
+@pytest.mark.parametrize(("overrun_s", "said"), [(0.1, False), (0.5, True)])
+def test_a_machine_too_slow_for_the_emulated_device_is_said(
+    tmp_path: Path, overrun_s: float, said: bool
+) -> None:
+    campaign, cell = results(tmp_path), Cell(0, 0.9, "orbitflow")
+    emulated = {"emulated_compute": {"s": 10.0, "overrun_s": overrun_s}}
+    campaign.add(cell, [answer("a")], RUN | {"others_cores": 0.0, "orbitflow": emulated})
+    slow = "SLOW: compute took 5.0% longer than emulated"
+    assert (slow in compare._outcome(campaign, cell)) == said
+
+
 def test_what_only_a_gpu_runs_is_other_code_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(path.exists() for path in compare.ONLY_ON_GPU)
     options = compare._parse(["--quick"])
