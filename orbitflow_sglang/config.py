@@ -40,6 +40,7 @@ class OrbitFlowConfig:
     token_deposit: bool = False  # paced delivery for all requests
     max_paused: int | None = None  # rows for paused requests beside max_running_requests
     profile: str | None = None  # file of a cost profile, instead of calibration
+    overlap_schedule: bool = False  # GPU only: with SGLang's overlap scheduler
 
     def __post_init__(self) -> None:
         if self.arena_tokens is not None and self.arena_fraction is not None:
@@ -198,6 +199,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         flag("profile"), metavar="FILE",
         help="Cost profile of this model on this device. Default: measured at start, and cached.",
+    )  # fmt: skip
+    group.add_argument(
+        flag("overlap_schedule"), action="store_const", const=True,
+        help="GPU only, where it is off by default: SGLang's overlap scheduler.",
     )  # fmt: skip
 
 

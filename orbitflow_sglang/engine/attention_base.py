@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.memory_pool import KVCache, KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from orbitflow_sglang.engine import compat
+from orbitflow_sglang.engine.pool import OrbitFlowKVPool
 from orbitflow_sglang.engine.runtime import StepInput
 
 
@@ -36,7 +37,12 @@ class OrbitFlowBackend(AttentionBackend):
         """All are ``[new tokens of all requests, heads, head_dim]``; so is the result."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self.begin(StepInput.of(forward_batch))
+        self.begin(self.coming() or StepInput.of_forward(forward_batch))
+
+    def coming(self) -> StepInput | None:
+        """The step that the scheduler has announced; None without OrbitFlow."""
+        pool = self.token_to_kv_pool
+        return pool.runtime.coming if isinstance(pool, OrbitFlowKVPool) else None
 
     def forward_decode(
         self,

@@ -129,11 +129,17 @@ def choose_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
         _declare(server_args, page_size=PAGE_SIZES[device])
         logger.info("OrbitFlow chose --page-size %d", PAGE_SIZES[device])
     if device == "cuda":
-        _declare(server_args, disable_overlap_schedule=True, disable_cuda_graph=True)
+        config = OrbitFlowConfig.from_env()
+        assert config is not None
+        _declare(server_args, disable_cuda_graph=True)
+        if not config.overlap_schedule:
+            _declare(server_args, disable_overlap_schedule=True)
         eager = view.cuda_graph_backend_decode in (None, "disabled")
         logger.warning(
-            "OrbitFlow has not been measured on a GPU yet. It serves without the overlap "
-            "scheduler, and %s",
+            "OrbitFlow has not been measured on a GPU yet. It serves %s, and %s",
+            "with the overlap scheduler"
+            if config.overlap_schedule
+            else f"without the overlap scheduler ({flag('overlap_schedule')}: with)",
             "without CUDA graphs (--cuda-graph-backend-decode breakable: with)"
             if eager
             else "decodes in pieces from CUDA graphs, attended between them",
@@ -165,6 +171,8 @@ def check_last(server_args: Any, previous: Callable[[Any], None]) -> None:
         raise _refusal(
             f"{flag('emulated_link_gb_per_s')} with --device {view.device}", "its link is real"
         )
+    if config.overlap_schedule:
+        check_overlap(view)
 
 
 def check_arguments(view: Any) -> None:
@@ -226,6 +234,15 @@ def check_order(view: Any, config: OrbitFlowConfig) -> None:
                 f"{flag('policy')} {config.policy}: it would sort again who waits, whom the rule "
                 f"ordering has sorted. Leave it out, or give {flag('disable')} ordering"
             )
+
+
+def check_overlap(view: Any) -> None:
+    """Raise ``ConfigError`` where the overlap scheduler was asked for in vain."""
+    asked = flag("overlap_schedule")
+    if _device(view) == "cpu":
+        raise _refusal(f"{asked} with --device cpu", "there SGLang overlaps unless told not to")
+    if view.disable_overlap_schedule:
+        raise _refusal(f"{asked} with --disable-overlap-schedule", "they contradict each other")
 
 
 def check_graphs(resolved: Any) -> None:

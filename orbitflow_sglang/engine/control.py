@@ -11,7 +11,6 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from orbitflow_sglang.engine.pausing import Paused
 from orbitflow_sglang.engine.placement import LiveRequest, PlanPlacer, units_of
 from orbitflow_sglang.engine.prefixes import cached_prefix
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.step_clock import Launched, StepClock, Totals
 from orbitflow_sglang.engine.targets import DefaultTargets
 from orbitflow_sglang.slo import SLO, SLOError, request_slo
 
@@ -40,21 +40,6 @@ logger = logging.getLogger(__name__)
 
 META_KEY = "orbitflow"  # see engine.streaming
 MAX_REASONS = 16  # the last ones are shown
-
-
-@dataclass
-class _Launched:
-    """A step under way."""
-
-    at_s: float
-    prefill: bool
-    batch: int
-    context_tokens: int
-    new_tokens: int
-    predicted_s: float
-    stall_s: float
-    h2d_bytes: int
-    h2d_busy_s: float
 
 
 class SchedulerControl:
@@ -87,7 +72,9 @@ class SchedulerControl:
         self._scheduler = scheduler
         self._runtime = runtime
         self._placer = runtime.placer
-        self._launched: _Launched | None = None
+        self._clock = StepClock()
+        on_device = runtime.store.arena.k.device.type != "cpu"
+        self._runs_ahead = on_device and scheduler.enable_overlap  # of the steps that it launches
         self._held: dict[str, Req] = {}  # with KV, as last observed
         self._looked_up = 0  # prefixes of waiting requests
         self._grouped: list[tuple[str, bytes]] | None = None  # prompts looked at for shared pages
@@ -188,11 +175,17 @@ class SchedulerControl:
     # --- steps ------------------------------------------------------------------
 
     def launch(self, batch: ScheduleBatch) -> None:
-        """A step is about to run: the one before it took until now."""
+        """A step is about to run: another one took until now."""
         if not self._leads:
             return
         now = time.perf_counter()
-        self._measure(now)
+        store = self._runtime.store
+        store.ring.note_stall()
+        h2d = store.engine.h2d
+        totals = Totals(now, store.ring.stall_s, h2d.bytes, h2d.busy_s)
+        under_way = len(self._scheduler.result_queue) if self._runs_ahead else 0
+        if (ended := self._clock.ended(totals, under_way)) is not None:
+            self._measured(*ended)
         prefill = batch.forward_mode.is_extend()
         self.counts["mixed_steps"] += batch.forward_mode.is_mixed()
         self.controller.stepped(prefill)
@@ -200,21 +193,15 @@ class SchedulerControl:
             self._note_waits(batch, now)
         lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
         context = sum(lengths)
-        store = self._runtime.store
         decoding = len(batch.reqs) if not prefill else len(batch.decoding_reqs or ())
         predicted = self.feedback.step_s(max(1, decoding), context)
         streamed = self.controller.streamed_pages * self.feedback.page_transfer_s
-        self._launched = _Launched(
-            at_s=now,
-            prefill=prefill,
-            batch=len(batch.reqs),
-            context_tokens=context,
-            new_tokens=batch.extend_num_tokens or 0,
-            predicted_s=max(predicted, streamed),
-            stall_s=store.ring.stall_s,
-            h2d_bytes=store.engine.h2d.bytes,
-            h2d_busy_s=store.engine.h2d.busy_s,
-        )
+        self._clock.launched(
+            Launched(
+                prefill, len(batch.reqs), context, batch.extend_num_tokens or 0,
+                max(predicted, streamed),
+            )
+        )  # fmt: skip
 
     def _note_waits(self, batch: ScheduleBatch, now: float) -> None:
         for req in batch.reqs:
@@ -224,17 +211,12 @@ class SchedulerControl:
 
     def idle(self) -> None:
         """Nothing runs: the time until the next step belongs to none."""
-        self._launched = None
+        self._clock.forget()
 
-    def _measure(self, now: float) -> None:
-        step, self._launched = self._launched, None
-        if step is None:
-            return
-        store, seconds = self._runtime.store, now - step.at_s
-        store.ring.note_stall()
-        stall = store.ring.stall_s - step.stall_s
-        pages = (store.engine.h2d.bytes - step.h2d_bytes) / store.layout.page_bytes
-        self.feedback.transfers(int(pages), store.engine.h2d.busy_s - step.h2d_busy_s)
+    def _measured(self, step: Launched, took: Totals) -> None:
+        seconds, stall = took.at_s, took.stall_s
+        pages = took.h2d_bytes / self._runtime.store.layout.page_bytes
+        self.feedback.transfers(int(pages), took.h2d_busy_s)
         if step.prefill:
             self.feedback.prefill_chunk(
                 step.new_tokens, max(1e-6, seconds - stall), step.context_tokens
@@ -322,7 +304,7 @@ class SchedulerControl:
         """Every request that held KV has been ended, and every page given up."""
         self.paused.clear()
         self.decision = NOTHING
-        self._launched = None
+        self._clock.forget()
         self._placer.forget()
         self.controller.planning.forget()
 

@@ -24,7 +24,7 @@ from orbitflow_sglang.residency.step import LayerPass
 
 BACKEND = "fa2"  # for all: the module of fa3 takes 20 minutes to compile
 READ_AHEAD = 256  # indices behind the last one that a kernel may look at
-PLANNED_AHEAD = 3  # parts of a layer that are planned while the GPU is behind
+STEPS_AHEAD, PARTS_AHEAD = 2, 3  # whose plans are made while the GPU is behind
 TOLERANCE = 0.05  # of the self-test: what 16 bits lose; a wrong page is off by about 1
 
 
@@ -78,21 +78,22 @@ class TokenSlots:
 
 
 class InTurn:
-    """Wrappers for one part of several, each planned anew.
+    """Wrappers of a kind, of which each plan takes the next.
 
     A plan is copied to the GPU from a buffer of its wrapper in host memory, which the wrapper's
-    next plan may overwrite only when that copy is over. With several of them that is long ago.
+    next plan may overwrite only when that copy is over. With several of them that is long ago:
+    whoever plans is at most a step ahead of the GPU, or some parts of a layer.
     """
 
-    def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
-        self._wrappers = [make() for _ in range(PLANNED_AHEAD)]
-        self._copied: list[Any] = [None] * PLANNED_AHEAD
+    def __init__(self, make: Callable[[], Any], device: torch.device, count: int) -> None:
+        self._wrappers = [make() for _ in range(count)]
+        self._copied: list[Any] = [None] * count
         self._on_gpu = device.type == "cuda"
         self._turn = 0
 
     def planned(self, plan: Callable[[Any], None]) -> Any:
         """The next wrapper, with ``plan`` applied to it."""
-        self._turn = turn = (self._turn + 1) % PLANNED_AHEAD
+        self._turn = turn = (self._turn + 1) % len(self._wrappers)
         if self._copied[turn] is not None:
             self._copied[turn].synchronize()
         plan(self._wrappers[turn])
@@ -125,12 +126,22 @@ class PagedAttention:
         def prefill() -> Any:
             return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=BACKEND)
 
+        def new() -> Any:
+            return flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+                workspace, "NHD", backend=BACKEND
+            )
+
+        def in_turn(make: Callable[[], Any], count: int) -> InTurn:
+            return InTurn(make, self._device, count)
+
         # For all that a layer attends to, planned once a step; and for one part of several.
-        self._decode, self._decode_parts = decode(), InTurn(decode, self._device)
-        self._prefill, self._prefill_parts = prefill(), InTurn(prefill, self._device)
-        self._new = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
-            workspace, "NHD", backend=BACKEND
-        )
+        self._decode = in_turn(decode, STEPS_AHEAD)
+        self._decode_parts = in_turn(decode, PARTS_AHEAD)
+        self._prefill = in_turn(prefill, STEPS_AHEAD)
+        self._prefill_parts = in_turn(prefill, PARTS_AHEAD)
+        self._new = in_turn(new, STEPS_AHEAD)
+        self._whole: Any = None  # of ``_decode`` or ``_prefill``: the one planned for this step
+        self._ragged: Any = None  # of ``_new``, likewise
         self._new_tokens: list[int] | None = None  # None: a decode step
         self._slots: TokenSlots | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # ids, and their slots
@@ -147,25 +158,23 @@ class PagedAttention:
         self._slots = TokenSlots(counts, tokens, self._page_size, self._device)
         self._last = None
         self._new_tokens = None if new_tokens is None else list(new_tokens)
-        # SGLang has waited for the step before, whose plans these wrappers made.
         lengths = _indptr(tokens)
         if self._new_tokens is None:
-            self._plan_decode(self._decode, lengths)
+            self._whole = self._decode.planned(lambda one: self._plan_decode(one, lengths))
             return
         queries = _indptr(self._new_tokens)
-        heads = self._heads
-        self._new.begin_forward(
-            queries, queries, heads.query, heads.kv, heads.dim, q_data_type=heads.q_dtype
-        )
+        self._ragged = self._new.planned(lambda one: self._plan_new(one, queries))
         if self._slots.total:
-            self._plan_prefill(self._prefill, queries, lengths)
+            self._whole = self._prefill.planned(
+                lambda one: self._plan_prefill(one, queries, lengths)
+            )
 
     def decode(self, q: torch.Tensor, parts: Iterable[LayerPass], scale: float) -> torch.Tensor:
         """``q`` and the result are ``[requests, heads, dim]``."""
         merged = None
         for part in parts:
             if part.whole:
-                merged = self._run(self._decode, self._slots_of(part), q, part, scale), None
+                merged = self._run(self._whole, self._slots_of(part), q, part, scale), None
             elif sum(part.tokens):
                 plan = functools.partial(self._plan_decode, lengths=_indptr(part.tokens))
                 merged = self._add(
@@ -188,13 +197,13 @@ class PagedAttention:
         if not self._slots.total:
             for _ in parts:  # nobody has a prefix, but the layer has its turn all the same
                 pass
-            out: torch.Tensor = self._new.forward(q, k, v, causal=True, sm_scale=scale)
+            out: torch.Tensor = self._ragged.forward(q, k, v, causal=True, sm_scale=scale)
             return out
-        merged = self._new.forward_return_lse(q, k, v, causal=True, sm_scale=scale)
+        merged = self._ragged.forward_return_lse(q, k, v, causal=True, sm_scale=scale)
         for part in parts:
             if part.whole:
                 slots = self._slots_of(part)
-                found = self._run(self._prefill, slots, q, part, scale, lse=True)
+                found = self._run(self._whole, slots, q, part, scale, lse=True)
                 merged = self._add(merged, found)
             elif sum(part.tokens):
                 plan = functools.partial(
@@ -218,6 +227,12 @@ class PagedAttention:
             heads.query, heads.kv, heads.dim, 1,
             data_type=heads.kv_dtype, q_data_type=heads.q_dtype, non_blocking=True,
         )  # fmt: skip
+
+    def _plan_new(self, wrapper: Any, queries: torch.Tensor) -> None:
+        heads = self._heads
+        wrapper.begin_forward(
+            queries, queries, heads.query, heads.kv, heads.dim, q_data_type=heads.q_dtype
+        )
 
     def _plan_prefill(self, wrapper: Any, queries: torch.Tensor, lengths: torch.Tensor) -> None:
         heads = self._heads

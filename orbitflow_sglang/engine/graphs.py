@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import eager_on_graph
 
 from orbitflow_sglang.engine.attention_base import OrbitFlowBackend
@@ -46,15 +47,21 @@ class BetweenGraphs(OrbitFlowBackend):
         if in_capture:
             return
         self._requests = count = view.batch_size - view.num_padding
-        lengths = view.seq_lens if view.seq_lens_cpu is None else view.seq_lens_cpu
-        self.begin(
-            StepInput(
-                rows=view.req_pool_indices[:count].tolist(),
-                seq_lens=lengths[:count].tolist(),
-                prefix_lens=None,
-                slots=view.out_cache_loc.cpu().numpy(),
-            )
-        )
+        step = self.coming()
+        if step is None:
+            lengths = view.seq_lens if view.seq_lens_cpu is None else view.seq_lens_cpu
+            rows, slots = view.req_pool_indices[:count].tolist(), view.out_cache_loc[:count].cpu()
+            step = StepInput(rows, lengths[:count].tolist(), None, slots.numpy())
+        if len(step.rows) != count:
+            raise RuntimeError(f"a step of {count} requests, announced with {len(step.rows)}")
+        self.begin(step)
+
+    def shared_read_ends(self, mode: ForwardMode) -> SharedReadEnds:
+        """Of what SGLang's scheduler writes for the next step while this one runs: a replayed
+        decode step reads none of it once its pages are known."""
+        if mode.is_decode():
+            return SharedReadEnds.PRE_REPLAY
+        return SharedReadEnds.UNKNOWN
 
     @eager_on_graph  # type: ignore[untyped-decorator]
     def forward_decode(

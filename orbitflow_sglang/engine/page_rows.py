@@ -18,6 +18,9 @@ class PageRows(Protocol):
     def written(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """SGLang has given slots to the first ``tokens[i]`` tokens of ``rows[i]``."""
 
+    def appended(self, rows: Sequence[int], tokens: Sequence[int], slots: np.ndarray) -> None:
+        """The last of the ``tokens[i]`` tokens of ``rows[i]`` is new, and has ``slots[i]``."""
+
 
 class HostRows:
     """The table lies in host memory."""
@@ -32,13 +35,17 @@ class HostRows:
     def written(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         pass
 
+    def appended(self, rows: Sequence[int], tokens: Sequence[int], slots: np.ndarray) -> None:
+        pass
+
 
 class MirroredRows:
     """The table lies on a device: a copy of its pages, read again row by row.
 
-    What a step is about to use is read when it begins, all rows at once; and a row that SGLang
-    rewrites between steps (``ReqToTokenPool.write``: the radix tree had the same prefix) when it
-    is next asked for.
+    Rows that prompts are written to are read when that step is announced, all at once; a token
+    that is appended tells its page. A row that SGLang rewrites between steps
+    (``ReqToTokenPool.write``: the radix tree had the same prefix) is read with those of the next
+    step, or when it is asked for. Each read waits for what the current stream was asked before.
     """
 
     def __init__(self, pool: Any, page_size: int) -> None:
@@ -55,6 +62,15 @@ class MirroredRows:
         return self._pages[row, : -(-tokens // self._size)].copy()
 
     def written(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        self._changed(rows, tokens)
+        self._read()
+
+    def appended(self, rows: Sequence[int], tokens: Sequence[int], slots: np.ndarray) -> None:
+        last = (np.asarray(tokens, dtype=np.int64) - 1) // self._size
+        self._pages[np.asarray(rows, dtype=np.int64), last] = slots // self._size
+        self._read()
+
+    def _changed(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         for row, count in zip(rows, tokens, strict=True):
             self._stale[row] = max(count, self._stale.get(row, 0))
 
@@ -63,11 +79,13 @@ class MirroredRows:
             write(indices, values)
             row, where = indices
             if isinstance(where, slice):  # else of the step that is about to begin
-                self.written([int(row)], [where.stop])
+                self._changed([int(row)], [where.stop])
 
         return noted
 
     def _read(self) -> None:
+        if not self._stale:
+            return
         rows, longest = list(self._stale), max(self._stale.values())
         index = torch.tensor(rows, device=self._table.device)
         slots = self._table[:, : longest : self._size].index_select(0, index)

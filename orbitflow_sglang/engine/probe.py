@@ -15,7 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from orbitflow_sglang.engine.placement import LiveRequest
-from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.runtime import Runtime, StepInput
 from orbitflow_sglang.planner.measuring import DecodePoint
 from orbitflow_sglang.planner.policies import Resident
 
@@ -148,10 +148,13 @@ class Probe:
         self._runtime.live = lambda: _live(batch)
         began = time.perf_counter()
         try:
+            self._runtime.announce(StepInput.of(batch))
             self._worker.forward_batch_generation(batch)
             self._synchronize()
         finally:
             self._runtime.end()
+            # Or the first prompt that is served would take it for its own.
+            self._worker.model_runner.shared_read_done_event = None
         return time.perf_counter() - began
 
     def _synchronize(self) -> None:

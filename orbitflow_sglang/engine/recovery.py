@@ -98,6 +98,7 @@ def _empty(scheduler: Any, runtime: Runtime) -> None:
     scheduler.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
     scheduler.last_batch = scheduler.chunked_req = scheduler.cur_batch_for_debug = None
     scheduler._pending_chunked_abort_req = None
+    scheduler.tp_worker.model_runner.shared_read_done_event = None
     if runtime.control is not None:
         runtime.control.forget_all()
     runtime.store.abandon()

@@ -40,24 +40,30 @@ class StepInput:
         return self.prefix_lens
 
     @staticmethod
-    def of(forward_batch: Any) -> StepInput:
-        """Of SGLang's ``ForwardBatch``."""
+    def of(batch: Any) -> StepInput:
+        """Of SGLang's ``ScheduleBatch``, ready to run. Waits for what only the device knows."""
+        decode = batch.forward_mode.is_decode_or_idle()
+        return StepInput(
+            batch.req_pool_indices_cpu.tolist(),
+            _either(batch.seq_lens_cpu, batch.seq_lens).tolist(),
+            None if decode else list(batch.prefix_lens),
+            batch.out_cache_loc.cpu().numpy(),
+        )
+
+    @staticmethod
+    def of_forward(forward_batch: Any) -> StepInput:
+        """Of SGLang's ``ForwardBatch``; on a device this waits for the steps before it, too."""
         decode = forward_batch.forward_mode.is_decode_or_idle()
-        rows = _as_list(forward_batch.req_pool_indices_cpu, forward_batch.req_pool_indices)
-        lengths = _as_list(forward_batch.seq_lens_cpu, forward_batch.seq_lens)
-        prefix_lens = None
-        if not decode:
-            prefix_lens = _as_list(
-                forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens
-            )
-        return StepInput(rows, lengths, prefix_lens, forward_batch.out_cache_loc.cpu().numpy())
+        return StepInput(
+            _either(forward_batch.req_pool_indices_cpu, forward_batch.req_pool_indices).tolist(),
+            _either(forward_batch.seq_lens_cpu, forward_batch.seq_lens).tolist(),
+            None if decode else list(forward_batch.extend_prefix_lens_cpu),
+            forward_batch.out_cache_loc.cpu().numpy(),
+        )
 
 
-def _as_list(on_host: Any, on_device: torch.Tensor) -> list[int]:
-    """A batch's numbers: SGLang keeps some as a list, some as a tensor, some on the device only."""
-    if on_host is None:
-        on_host = on_device
-    return on_host.tolist() if isinstance(on_host, torch.Tensor) else list(on_host)
+def _either(on_host: torch.Tensor | None, on_device: torch.Tensor) -> torch.Tensor:
+    return on_device if on_host is None else on_host
 
 
 @dataclass
@@ -103,6 +109,7 @@ class Runtime:
         self.counters = Counters()
         self.decode_batch_sizes: Counter[int] = Counter()
         self.rows: PageRows  # set by the attention backend
+        self.coming: StepInput | None = None  # announced, and not begun
         self.live: Callable[[], list[LiveRequest]] = list
         self.cached_pages: Callable[[], np.ndarray] = lambda: NO_PAGES  # of the radix tree
         self.emulated: Any = None  # engine.emulated_compute.EmulatedCompute, on a test bed
@@ -128,8 +135,20 @@ class Runtime:
 
     # --- one step -------------------------------------------------------------
 
+    def announce(self, step: StepInput) -> None:
+        """``step`` is next; its rows are read now. When attention is prepared, steps before it
+        may still run on the device, and would be waited for."""
+        if step.prefix_lens is None:
+            self.rows.appended(step.rows, step.seq_lens, step.slots)
+        else:
+            self.rows.written(step.rows, step.seq_lens)
+        self.coming = step
+
     def begin(self, step: StepInput) -> None:
-        """Make the pages of ``step`` ready to be written and read."""
+        """Make the pages of ``step``, announced or not, ready to be written and read."""
+        if step is not self.coming:
+            self.rows.written(step.rows, step.seq_lens)
+        self.coming = None
         if self.store.step is not None:  # given up without an end: nobody reads it any more
             self.end()
         if self.before_step is not None:
@@ -137,7 +156,6 @@ class Runtime:
         self.counters.steps += 1
         if step.prefix_lens is None:
             self.decode_batch_sizes[len(step.rows)] += 1
-        self.rows.written(step.rows, step.seq_lens)
         pages = list(map(self.rows.pages, step.rows, step.seq_lens))
         self._uniform = None if self.placer.spills else self._begin_uniform(step, pages)
         if self._uniform is None:
@@ -166,7 +184,7 @@ class Runtime:
 
     def end(self) -> None:
         """The forward pass is over, or was given up."""
-        self._uniform = None
+        self.coming = self._uniform = None
         if self.store.step is not None:
             self.store.end()
 

@@ -19,7 +19,7 @@ from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
 from orbitflow_sglang.engine.prefixes import make_host_room
 from orbitflow_sglang.engine.recovery import StepFailed, recover
-from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.engine.runtime import Runtime, StepInput
 from orbitflow_sglang.engine.startup import build_control
 from orbitflow_sglang.residency import ResidencyError
 
@@ -47,6 +47,8 @@ def run_batch(
         make_host_room(scheduler.tree_cache, runtime.store)
     try:
         try:
+            if batch.beam_tail is None:  # beams' rows are only known on the device, by then
+                runtime.announce(StepInput.of(batch))
             return original(scheduler, batch, *args, **kwargs)
         finally:
             runtime.end()

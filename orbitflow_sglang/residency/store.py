@@ -39,10 +39,9 @@ WRITE_THROUGH_LAYERS = 2
 class ResidencyStore:
     """KV pages of one rank. Not thread-safe: the scheduler's thread owns it.
 
-    ``link_bytes_per_s`` emulates a link of that rate in each direction; None: as
-    fast as memory. ``in_lockstep``: where pages are depends on the calls alone, never on
-    how fast copies are, at the price of waiting for them. Any call raises
-    ``ResidencyError`` where a copy has failed.
+    ``link_bytes_per_s`` emulates a link of that rate in each direction; None: as fast as memory.
+    ``in_lockstep``: where pages are depends on the calls alone, never on how fast copies are, at
+    the price of waiting for them. A step raises ``ResidencyError`` where a copy has failed.
     """
 
     new_engine = staticmethod(engine_for)
@@ -103,11 +102,12 @@ class ResidencyStore:
         table = self.table
         if not table.in_use[pages].all():
             raise ResidencyError(f"freeing pages nobody owns: {pages[~table.in_use[pages]]}")
-        try:
-            self.arrivals.complete()
-            self.ring.forget(pages)
-        except ResidencyError as error:
-            self._broken = error
+        if (table.state[:, pages] == PageState.TO_DEVICE).any():
+            try:
+                self.arrivals.complete()
+                self.ring.forget(pages)
+            except ResidencyError as error:
+                self._broken = error
         if self._broken is not None:
             table.release(pages)  # their places are no longer known for sure: see ``abandon``
             return

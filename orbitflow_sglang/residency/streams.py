@@ -7,6 +7,9 @@ for each direction of the link, and from events between them:
   written, and overwrites only what has been read;
 - what compute is asked for behind ``Transfer.wait`` begins behind the copy.
 
+What computes is the stream that is current. Copies are asked for within steps alone; between two,
+SGLang's overlap scheduler has another stream current, which the next step begins behind.
+
 A page is handed on only behind a ``wait``, or once its copy is seen to be ``done``; so these
 two are enough, also between the two directions: a fetch that somebody waited for is over
 before a later write-back to the same host page, which begins behind that compute.

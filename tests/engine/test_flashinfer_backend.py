@@ -1,8 +1,9 @@
 """The backend for GPUs in the real engine on the CPU, with PyTorch in FlashInfer's place.
 
 Everything but the kernels is what a GPU runs: plans, page indices of each layer, parts and their
-merging, the copy of the table of pages, and decode steps from SGLang's graphs in pieces, of up to
-four requests, with calls made again in a CUDA graph's place. ``tests/gpu`` has the kernels too.
+merging, the copy of the table of pages, the overlap scheduler, and decode steps from SGLang's
+graphs in pieces, of up to four requests, with calls made again in a CUDA graph's place.
+``tests/gpu`` has the kernels too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from servers import (
     FULL,
@@ -32,7 +35,7 @@ from eval.server import Server
 FAKE = Path(__file__).parents[1] / "fake_flashinfer"
 CHOSEN = POLICIES if FULL else ("all-host", "random:1")
 COMMON = (
-    *("--attention-backend", "orbitflow_flashinfer", "--disable-overlap-schedule"),
+    *("--attention-backend", "orbitflow_flashinfer"),
     *("--orbitflow-host-memory-gb", "0.5", "--page-size", "16", "--chunked-prefill-size", "256"),
 )
 GRAPHS = (
@@ -76,6 +79,28 @@ def test_steps_come_from_graphs_up_to_the_largest_captured(server: Server) -> No
     drawn = {int(size): graph for size, graph in steps}
     assert {1, 3, 6} <= drawn.keys(), drawn
     assert drawn == {size: str(size <= 4) for size in drawn}
+
+
+def test_a_step_that_was_announced_is_prepared_without_a_look_at_its_batch() -> None:
+    """Whose tensors lie on the device, behind the steps that still run there."""
+    from orbitflow_sglang.engine import graphs, pool, runtime
+
+    class Backend(graphs.BetweenGraphs):
+        def begin(self, step: object) -> None:
+            begun.append(step)
+
+        decode = extend = None  # type: ignore[assignment]
+
+    begun: list[object] = []
+    backend = Backend()
+    backend.token_to_kv_pool = object.__new__(pool.OrbitFlowKVPool)
+    step = runtime.StepInput([1], [20], None, np.array([19]))
+    backend.token_to_kv_pool.runtime = SimpleNamespace(coming=step)  # type: ignore[attr-defined]
+    backend.init_forward_metadata(object())  # type: ignore[arg-type]
+    backend.init_forward_metadata_out_graph(SimpleNamespace(batch_size=4, num_padding=3))
+    assert begun == [step, step]
+    with pytest.raises(RuntimeError, match="a step of 4 requests, announced with 1"):
+        backend.init_forward_metadata_out_graph(SimpleNamespace(batch_size=4, num_padding=0))
 
 
 @in_full_only

@@ -161,6 +161,18 @@ def test_only_decode_steps_in_pieces_come_from_graphs_on_a_gpu(
         compat.check_graphs(SimpleNamespace(**by_json))
 
 
+@pytest.mark.parametrize(
+    ("device", "disabled", "with_what"),
+    [("cpu", False, "--device cpu"), ("cuda", True, "--disable-overlap-schedule")],
+)
+def test_the_overlap_scheduler_is_not_asked_for_in_vain(
+    compat: ModuleType, device: str, disabled: bool, with_what: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--orbitflow-overlap-schedule with {with_what}"):
+        compat.check_overlap(SimpleNamespace(device=device, disable_overlap_schedule=disabled))
+    compat.check_overlap(SimpleNamespace(device="cuda", disable_overlap_schedule=False))
+
+
 def test_parts_of_attention_that_would_go_unheeded_are_refused(compat: ModuleType) -> None:
     compat.refuse_parts({"sinks": None})
     with pytest.raises(NotImplementedError, match="no sinks"):

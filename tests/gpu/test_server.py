@@ -12,12 +12,12 @@ import pytest
 
 from eval.client import Generation, Request
 from eval.identity import LOGPROB_TOLERANCE, compare, mixed_requests
-from eval.live.contestants import EAGER
+from eval.live.contestants import NO_GRAPHS
 from eval.server import GPU_ENV, GPU_START_S, Server
 from eval.tiny_model import TinyModel, build
 
 MODEL = TinyModel("llama", layers=8, heads=8)
-COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *EAGER)
+COMMON = ("--dtype", "bfloat16", "--skip-server-warmup", *NO_GRAPHS)
 LENGTHS = {"longest": 900, "max_new_tokens": 48}
 APART = mixed_requests(32, seed=0, **LENGTHS)
 SHARING = mixed_requests(32, seed=0, shared_fraction=0.5, **LENGTHS)
@@ -29,6 +29,9 @@ GRAPHS = (
     *("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4", "8"),
     *("--decode-log-interval", "4"),
 )
+WAYS = {"eager": (), "graphs": GRAPHS, "overlapped": ("--orbitflow-overlap-schedule", *GRAPHS)}
+CELLS = [(way, policy) for way in ("eager", "graphs") for policy in POLICIES]
+CELLS += [("overlapped", "random:1")]
 
 
 def server(*extra: str) -> Server:
@@ -39,7 +42,8 @@ def server(*extra: str) -> Server:
 @pytest.fixture(scope="module")
 def stock() -> dict[str, list[Generation]]:
     """What stock SGLang says."""
-    with server("--attention-backend", "flashinfer", "--max-total-tokens", "65536") as one:
+    flags = ("--attention-backend", "flashinfer", "--disable-overlap-schedule")
+    with server(*flags, "--max-total-tokens", "65536") as one:
         apart = one.generate_many(APART, 8)
         one.flush_cache()
         return {"apart": apart, "sharing": one.generate_many(SHARING, 8)}
@@ -61,29 +65,33 @@ def ask(policy: str, wanted: list[Request], *flags: str) -> list[Generation]:
     return answers
 
 
-@pytest.mark.parametrize("graphs", [(), GRAPHS], ids=["eager", "graphs"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("way", "policy"), CELLS)
 def test_tokens_are_those_of_stock_sglang(
-    policy: str, graphs: tuple[str, ...], stock: dict[str, list[Generation]]
+    way: str, policy: str, stock: dict[str, list[Generation]]
 ) -> None:
-    answers = ask(policy, APART, *AT_ONCE, *graphs)
+    answers = ask(policy, APART, *AT_ONCE, *WAYS[way])
     # Graphs pad a batch, and matrix products may then add up otherwise.
-    result = compare(stock["apart"], answers, tolerance=MERGED if graphs else LOGPROB_TOLERANCE)
+    tolerance = LOGPROB_TOLERANCE if way == "eager" else MERGED
+    result = compare(stock["apart"], answers, tolerance=tolerance)
     assert result.tokens and not result.failures, result
 
 
-@pytest.mark.parametrize("policy", ["resident", "all-host"])
+@pytest.mark.parametrize(
+    ("way", "policy"), [("eager", "resident"), ("eager", "all-host"), ("overlapped", "all-host")]
+)
 def test_what_is_merged_differs_by_rounding(
-    policy: str, stock: dict[str, list[Generation]]
+    way: str, policy: str, stock: dict[str, list[Generation]]
 ) -> None:
-    answers = ask(policy, SHARING, *IN_PARTS)
+    answers = ask(policy, SHARING, *IN_PARTS, *WAYS[way])
     result = compare(stock["sharing"], answers, tolerance=MERGED)
     assert result.tokens and not result.failures, result
     assert result.max_drift > 0.0, "nothing was merged"
 
 
-def test_the_controller_serves_more_than_fits() -> None:
-    with server("--enable-orbitflow", "--orbitflow-arena-tokens", "4096") as ours:
+@pytest.mark.parametrize("way", ["eager", "overlapped"])
+def test_the_controller_serves_more_than_fits(way: str) -> None:
+    flags = ("--enable-orbitflow", "--orbitflow-arena-tokens", "4096", *WAYS[way])
+    with server(*flags) as ours:
         answers = ours.generate_many(SHARING, 32)
         ours.wait_idle()
         (state,) = ours.orbitflow()

@@ -30,6 +30,7 @@ FLAGS = {
     "--orbitflow-token-deposit": "",
     "--orbitflow-max-paused": "4",
     "--orbitflow-profile": "profile.json",
+    "--orbitflow-overlap-schedule": "",
 }
 WRONG_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("--orbitflow-arena-tokens", "above 0", {"arena_tokens": 0}),
@@ -115,6 +116,7 @@ def test_every_flag_sets_a_field_and_every_field_has_a_flag(
         "token_deposit": True,
         "max_paused": 4,
         "profile": "profile.json",
+        "overlap_schedule": True,
     }
     rules = parsed(
         parser, "--orbitflow-disable pause,ordering --enable-orbitflow --orbitflow-policy swap"

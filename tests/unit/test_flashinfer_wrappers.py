@@ -15,7 +15,7 @@ import torch
 from attention_cases import DECODE, EXTEND, Layer, check_decode, check_extend
 
 from orbitflow_sglang.engine.flashinfer_wrappers import (
-    PLANNED_AHEAD,
+    PARTS_AHEAD,
     READ_AHEAD,
     Heads,
     InTurn,
@@ -41,6 +41,10 @@ def attention(page_size: int, merge: Any = merge_in_torch) -> PagedAttention:
     return PagedAttention(HEADS, page_size, True, torch.zeros(16, dtype=torch.uint8), merge)
 
 
+def plans(wrappers: InTurn) -> int:
+    return sum(wrapper.plans for wrapper in wrappers._wrappers)
+
+
 @pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("tokens", DECODE)
 def test_decode_reads_each_layers_own_pages_behind_one_plan(
@@ -52,14 +56,14 @@ def test_decode_reads_each_layers_own_pages_behind_one_plan(
     for merge in (merge_state, merge_in_torch):
         paged = attention(page_size, merge)
         check_decode(paged, HEADS, tokens, page_size, device="cpu", tolerance=1e-5)
-        assert paged._decode.plans == 1
+        assert plans(paged._decode) == 1
 
 
 @pytest.mark.parametrize("prefix", EXTEND)
 def test_extend_attends_to_the_prefix_and_causally_to_itself(prefix: list[int]) -> None:
     paged = attention(4)
     check_extend(paged, HEADS, prefix, 4, device="cpu", tolerance=1e-5)
-    assert paged._new.plans == 1 and paged._prefill.plans == any(prefix)
+    assert plans(paged._new) == 1 and plans(paged._prefill) == any(prefix)
 
 
 def test_every_part_is_asked_for_also_where_nobody_has_a_prefix() -> None:
@@ -103,7 +107,7 @@ def test_the_self_test_notices_when_runs_no_longer_look_at_the_attribute(
 ) -> None:
     paged = attention(4)
     first: list[torch.Tensor] = []
-    kind = type(getattr(paged, wrapper))
+    kind = type(getattr(paged, wrapper)._wrappers[0])
     read = kind._read
 
     def keeps_the_first(wrapper: object, kv_cache: object) -> object:
@@ -118,7 +122,7 @@ def test_the_self_test_notices_when_runs_no_longer_look_at_the_attribute(
 
 def test_the_self_test_notices_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     paged = attention(4)
-    kind = type(paged._decode)
+    kind = type(paged._decode._wrappers[0])
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda *a, **k: forward(*a, **k) * 1.5)
     with pytest.raises(RuntimeError, match="off by"):
@@ -139,13 +143,13 @@ def test_a_wrapper_is_planned_again_only_when_its_last_plan_was_copied(
 
     monkeypatch.setattr(torch.cuda, "Event", Copied)
     made = iter("abcdef")
-    in_turn = InTurn(lambda: next(made), torch.device("cuda"))
+    in_turn = InTurn(lambda: next(made), torch.device("cuda"), PARTS_AHEAD)
     used = [
         in_turn.planned(lambda one, part=part: said.append(f"{part} by {one}"))
-        for part in range(PLANNED_AHEAD + 2)
+        for part in range(PARTS_AHEAD + 2)
     ]
-    assert len(set(used)) == PLANNED_AHEAD and used[:2] == used[PLANNED_AHEAD:]
-    assert said[PLANNED_AHEAD:] == [
-        f"waited for 0 by {used[0]}", f"{PLANNED_AHEAD} by {used[0]}",
-        f"waited for 1 by {used[1]}", f"{PLANNED_AHEAD + 1} by {used[1]}",
+    assert len(set(used)) == PARTS_AHEAD and used[:2] == used[PARTS_AHEAD:]
+    assert said[PARTS_AHEAD:] == [
+        f"waited for 0 by {used[0]}", f"{PARTS_AHEAD} by {used[0]}",
+        f"waited for 1 by {used[1]}", f"{PARTS_AHEAD + 1} by {used[1]}",
     ]  # fmt: skip

@@ -49,10 +49,11 @@ def test_the_copy_says_what_the_table_says(data: st.DataObject) -> None:
             copy.written([row], [lengths[row]])
         elif kind == "decode" and 0 < lengths[row] < TOKENS:
             at = lengths[row]
-            slot = data.draw(st.integers(0, 99)) * size + at % size
+            tail = int(pool.req_to_token[row, at - 1]) // size
+            slot = (tail if at % size else data.draw(st.integers(0, 99))) * size + at % size
             pool.write((torch.tensor([row]), torch.tensor([at])), torch.tensor([slot]).int())
             lengths[row] += 1
-            copy.written([row], [lengths[row]])
+            copy.appended([row], [lengths[row]], np.array([slot]))
         elif kind == "rewrite" and lengths[row] >= size:
             whole = lengths[row] // size * size
             begin = data.draw(st.integers(0, whole // size - 1)) * size
@@ -63,14 +64,36 @@ def test_the_copy_says_what_the_table_says(data: st.DataObject) -> None:
             assert np.array_equal(found, wanted) and found.dtype == np.int32
 
 
-def test_rows_of_a_step_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, reads = MirroredRows(Pool(), 2), []
-    read = copy._read
-    monkeypatch.setattr(copy, "_read", lambda: (reads.append(1), read()))
+class Reads:
+    """The table on its device, with a count of the reads, each of which waits for the device."""
+
+    device = torch.device("cpu")
+    shape = (ROWS, TOKENS)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.count += 1
+        return torch.zeros(self.shape, dtype=torch.int32)[index]
+
+
+def test_the_device_is_waited_for_when_a_step_is_announced_and_once() -> None:
+    pool = Pool()
+    pool.req_to_token = table = Reads()  # type: ignore[assignment]
+    pool.write = lambda indices, values: None  # type: ignore[method-assign]
+    copy = MirroredRows(pool, 2)
     copy.written([1, 2, 3], [4, 12, 1])
-    for row in (1, 2, 3, 1):
-        copy.pages(row, 1)
-    assert len(reads) == 1, "each is a wait for the device"
+    assert table.count == 1
+    copy.appended([1, 2], [5, 12], np.array([16, 19]))
+    for row, tokens in ((1, 5), (2, 12), (3, 1)):
+        copy.pages(row, tokens)
+    assert table.count == 1, "an appended token has told its page"
+    assert copy.pages(1, 5)[-1] == 8
+    pool.write((3, slice(0, 1)), torch.zeros(1))  # the radix tree had it
+    copy.appended([1], [6], np.array([17]))
+    copy.pages(3, 1)
+    assert table.count == 2
     found = copy.pages(1, 4)
     found[:] = 7
     assert (copy.pages(1, 4) == 0).all(), "the caller's own"
