@@ -6,7 +6,7 @@ alive at a time. A pair is one server of each kind in random order; its ratio co
 medians of their repetitions. The result is the median ratio of the pairs with the least and
 the most. With --gpu a model of 8B shape on an NVIDIA GPU, where stock SGLang has full CUDA graphs
 and the overlap scheduler (``stock``) or neither (``stock-eager``), and OrbitFlow graphs in pieces
-(``orbitflow-graphs``) or none.
+with the overlap scheduler (``orbitflow-overlapped``) or without (``orbitflow-graphs``), or neither.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ KINDS = {
     "orbitflow": (*COMMON, "--enable-orbitflow", "--orbitflow-policy", "orbitflow"),
 }
 # On a GPU: who of ``eval.live.contestants``, and further flags.
-GRAPHS = ("--cuda-graph-backend-decode", "breakable")
 GPU_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stock": ("stock", ("--cuda-graph-backend-prefill", "disabled")),  # steps that decode count
     "stock-eager": ("stock-eager", ()),
     "orbitflow": ("orbitflow", ()),
-    "orbitflow-graphs": ("orbitflow", GRAPHS),
+    "orbitflow-graphs": ("orbitflow@graphs", ()),
+    "orbitflow-overlapped": ("orbitflow@overlapped", ()),
 }
 Starts = dict[str, Callable[[], Server]]
 

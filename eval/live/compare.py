@@ -63,7 +63,7 @@ from eval.workload.requests import TraceRequest, at_rate, with_slo
 RESULTS = results_folder(kind="live")
 ON_GPU = (
     *("stock", "stock-eager", "hicache", "swap+order", "paper", "orbitflow"),
-    *("time-sliced-swap@paced", "orbitflow@paced"),
+    *("orbitflow@overlapped", "time-sliced-swap@paced", "orbitflow@paced"),
 )
 DECISIVE = (  # what runs depend on
     *("orbitflow_sglang/**/*.py", "kernels/*.cu", "kernels/*.py", "patches/**/*.patch"),
@@ -287,7 +287,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, default = parser.add_argument, Setup()
-    add("--quick", action="store_true", help="a smoke run: few requests, stock and static:1")
+    add("--quick", action="store_true", help="a smoke run: few requests, stock and another")
     add("--contestants", nargs="+", metavar="NAME", help=" ".join(contestants.DEFAULT))
     add("--baseline", default="orbitflow", help="of the paired differences (%(default)s)")
     add("--loads", type=float, nargs="+", metavar="X", help="(0.9 1.2)")
@@ -319,14 +319,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs an NVIDIA GPU, and torch.cuda.is_available() is False here")
     quick = options.quick
-    quick_contestants = ("stock", "static:1")
+    # On a GPU both eager: targets from steps out of graphs would be met by nothing else.
+    quick_contestants = ("stock-eager", "orbitflow") if options.gpu else ("stock", "static:1")
     options.contestants = options.contestants or (
         quick_contestants if quick else ON_GPU if options.gpu else contestants.DEFAULT
     )
     options.loads = options.loads or ([1.0] if quick else [0.9, 1.2])
     options.repeats = options.repeats or (1 if quick else 3)
     options.requests = options.requests or (16 if quick else 200)
-    options.calibrate_with = options.calibrate_with or ("stock" if quick else "queue")
+    options.calibrate_with = options.calibrate_with or (quick_contestants[0] if quick else "queue")
     folder = results_folder(gpu=options.gpu, quick=quick, kind="live")
     options.out = options.out or folder
     if quick and not options.resume:

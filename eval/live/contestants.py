@@ -6,7 +6,9 @@
     stock-eager           SGLang on a GPU without CUDA graphs and overlap, as OrbitFlow runs there
     hicache               SGLang on a GPU with its hierarchical cache, in as much host memory
     POLICY[:no-RULE...]   OrbitFlow with that policy: retract, swap+order, static:2, orbitflow
-    POLICY...@paced       the same, its requests asking for paced delivery
+    POLICY...@graphs      the same on a GPU, decoding from CUDA graphs in pieces
+    POLICY...@overlapped  that, and with the overlap scheduler
+    POLICY...@paced       any of these, its requests asking for paced delivery
 
 All have the same device KV, page size, prefill chunk, bound on running requests and, but for
 ``stock-torch-native``, attention kernels. On the CPU, host and device are joined by an emulated
@@ -28,10 +30,10 @@ from orbitflow_sglang.control.policies import find_policy
 NATIVE = "stock-torch-native"
 HICACHE = "hicache"
 # Flags of those that are no policy, by device.
-EAGER = (
+NO_GRAPHS = (
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
-    "--disable-overlap-schedule",
 )
+EAGER = (*NO_GRAPHS, "--disable-overlap-schedule")
 STOCK: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "stock": ("--attention-backend", "orbitflow_torch"),
@@ -43,6 +45,9 @@ STOCK: dict[str, dict[str, tuple[str, ...]]] = {
         HICACHE: ("--attention-backend", "flashinfer", "--enable-hierarchical-cache"),
     },
 }
+# OrbitFlow's own, on a GPU.
+WAYS = {"@graphs": ("--cuda-graph-backend-decode", "breakable")}
+WAYS["@overlapped"] = (*WAYS["@graphs"], "--orbitflow-overlap-schedule")
 OURS = {"cpu": "orbitflow_torch", "cuda": "orbitflow_flashinfer"}
 PACED = "@paced"
 DEFAULT = (
@@ -109,7 +114,19 @@ def check(name: str, setup: Setup) -> None:
         return
     if name.startswith(("stock", "hicache")):
         raise ValueError(f"unknown contestant {name!r}: there are {', '.join(stock)} and policies")
-    find_policy(name.removesuffix(PACED))
+    policy, way = policy_of(name)
+    if way and setup.device == "cpu":
+        raise ValueError(f"{name}: there are no CUDA graphs on a CPU")
+    find_policy(policy)
+
+
+def policy_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """The policy of a contestant with OrbitFlow, and further flags."""
+    name = name.removesuffix(PACED)
+    for suffix, way in WAYS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), way
+    return name, ()
 
 
 def _hicache_gb(setup: Setup) -> int:
@@ -136,8 +153,9 @@ def flags(name: str, setup: Setup) -> list[str]:
         if name == HICACHE:  # by itself it would take twice the arena
             own += ["--hicache-size", str(_hicache_gb(setup))]
     else:
+        policy, way = policy_of(name)
         own = [
-            *("--enable-orbitflow", "--orbitflow-policy", name.removesuffix(PACED)),
+            *("--enable-orbitflow", "--orbitflow-policy", policy, *way),
             *("--orbitflow-arena-tokens", arena),
             *("--orbitflow-host-memory-gb", str(setup.host_memory_gb)),
         ]

@@ -243,6 +243,11 @@ def test_on_a_gpu_there_are_other_stock_servers_and_a_real_link() -> None:
         contestants.check("hicache", Setup())
     ours = flags("orbitflow", setup)
     assert "orbitflow_flashinfer" in ours and "--orbitflow-emulated-link-gb-per-s" not in ours
+    overlapped = flags("orbitflow:no-pause@overlapped@paced", setup)
+    assert overlapped[overlapped.index("--orbitflow-policy") + 1] == "orbitflow:no-pause"
+    assert {"breakable", "--orbitflow-overlap-schedule"} <= set(overlapped)
+    with pytest.raises(ValueError, match="no CUDA graphs on a CPU"):
+        contestants.check("orbitflow@graphs", Setup())
     eager = set(flags("stock-eager", setup)) - set(flags("stock", setup))
     assert eager == set(contestants.EAGER)
     hicache = flags("hicache", setup)
