@@ -1,7 +1,8 @@
 """Every Prometheus series of OrbitFlow, as a table: what is exported, documented and drawn.
 
 ``engine/metrics.py`` fills them. Names come behind ``PREFIX``; those of counters end in
-``_total``. Series of the controller are there under policies that have one, all others always.
+``_total``. Series of the controller, and attainment as generated, are there under policies that
+have one, all others always.
 Pages are pages of one layer.
 """
 
@@ -90,10 +91,10 @@ CONTROLLER_SERIES = (
     Series("waiting_longest_seconds", "gauge", "Longest that a request waits for its prefill."),
     Series(
         "deposit_least_seconds", "gauge",
-        "Least lead of a running or paused request over its TPOT target; below 0: behind.",
+        "Least lead of a running or paused request over its pace; below 0: behind.",
     ),
     Series("deposit_median_seconds", "gauge", "Median of the same."),
-    Series("behind_requests", "gauge", "Running or paused requests behind their TPOT target."),
+    Series("behind_requests", "gauge", "Running or paused requests that are behind their pace."),
 )  # fmt: skip
 
 # Which requests each series counts, by what is left of its name between slo_ and _total.

@@ -58,7 +58,8 @@ class Planning:
         paused_pages: int,
         now: float,
     ) -> PlanningProblem:
-        """The planning problem of the active ``requests`` and the ``units`` that they use."""
+        """The planning problem of the active ``requests`` and the ``units`` that they use;
+        ``step_s``: compute of a step with everything resident."""
         machine = self._machine
         size = machine.page_size
         own = {unit.id: unit.pages for unit in units}

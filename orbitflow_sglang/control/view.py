@@ -30,7 +30,7 @@ class RequestView:
     times: TokenTimes = field(init=False)  # of tokens as they left the scheduler
     paused_s: float | None = None  # since when
     settled: bool = True  # paused: its last step is over, so that it may come back
-    missing_pages: int = 0  # paused: to fetch before it decodes, for those coming back only
+    missing_pages: int = 0  # paused: to fetch before it decodes; all it has until it comes back
     pauses: int = 0
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ def _emulated(runtime: Runtime) -> dict[str, float] | None:
 
 
 def _profile(runtime: Runtime) -> dict[str, Any] | None:
-    """The costs planned with; None under a policy that never plans."""
+    """The costs planned with; None under a policy without a controller."""
     profile, origin = runtime.profile, runtime.profile_origin
     if profile is None or origin is None:
         return None

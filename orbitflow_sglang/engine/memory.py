@@ -51,7 +51,7 @@ def config_from_budget(
 def resolve_max_num_reqs(
     result: int, configurator: KVCacheConfigurator, token_capacity: int
 ) -> int:
-    """After ``resolve_max_num_reqs``: every live request has a tail page in each layer."""
+    """After ``resolve_max_num_reqs``: who runs has a tail page in each layer."""
     layers = configurator.layer_info.num_effective_layers
     assert _capacity is not None
     return max(1, min(result, _capacity.main_pages // layers - 1))

@@ -1,4 +1,4 @@
-"""A feasible placement in microseconds: incumbent, repair and fallback.
+"""A feasible placement in under a millisecond: incumbent, repair and fallback.
 
 Streaming costs the same whoever pays, so what counts is how many pages a step streams and
 how evenly they lie over the layers: the ring holds two of the largest layer, and what it

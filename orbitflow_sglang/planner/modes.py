@@ -1,8 +1,9 @@
 """One entry for every policy that places layers: a problem goes in, a plan comes out.
 
 ``orbitflow`` is ours, ``paper`` and ``paper-uniform`` are the authors' model. The others
-are what people run or compare with, each by the rule of its source; they neither know of
-SLOs nor pause anybody, so what they place may not fit: the status then says so.
+are what people run or compare with, each by the rule of its source. They do not know of SLOs;
+only ``queue`` and ``retract`` have somebody wait, so what others place may not fit: the status
+then says so.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class PlanningProblem:
     mode: str = "orbitflow"
     window_steps: int = 32
     stream_budget_pages: int | None = None  # a step's streamed pages; then nobody is paused
-    ring_pages: int | None = None  # None: twice the largest layer of the plan
+    ring_pages: int | None = None  # None: twice the largest layer, at most a quarter of the arena
     transfer_setup_s: float = 0.0  # for each (unit, layer) that is streamed
     host_pages: int | None = None  # None: as many as are needed
     time_limit_s: float | None = None
@@ -152,7 +152,7 @@ class Plan:
     status: Status
     step_time_s: float
     lower_bound_s: float  # of the step time, for the units that are not paused
-    arena_pages_used: int  # resident + tails + growth, without the ring
+    arena_pages_used: int  # resident + tails + growth (by ``paper`` resident), without the ring
     ring_pages: int
     never_fits: tuple[str, ...] = ()  # requests that no plan can hold
     solve_s: float = field(default=0.0)

@@ -108,7 +108,7 @@ def _rated(plan: Plan, bound_s: float, exactly: bool) -> tuple[bool, float, floa
 
 
 def greedy(problem: PlanningProblem) -> Plan:
-    """All that is not late in vain: a plan from sorting and filling alone, in microseconds."""
+    """All that is not late in vain: a plan from sorting and filling alone, in under 1 ms."""
     never = never_fitting(problem)
     excluded = holding_nothing(problem, never)
     paused = greedy_paused(problem, excluded)
