@@ -14,7 +14,7 @@ from servers import CONCURRENCY, WANTED, Stock, assert_nothing_is_left, in_full_
 from eval.server import Server, ServerFailed
 from orbitflow_sglang.planner.cost_model import ComputeModel, Profile, TransferModel
 
-LINK_GB_PER_S = 0.05
+LINK_GB_PER_S = 0.2
 SIZES = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
 SLOW_LINK = (*SIZES, "--orbitflow-emulated-link-gb-per-s", str(LINK_GB_PER_S))
 
