@@ -13,6 +13,14 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 KINDS = ("unit", "engine", "gpu")
+# Of servers that are asked little, or do not start: none needs the answers of stock SGLang.
+AT_REST = {
+    f"test_{name}.py"
+    for name in (
+        "contract", "half_precision", "hooks", "pausing", "prefixes", "refusals",
+        "refused_models", "series", "slo_requests",
+    )
+}  # fmt: skip
 
 # `eval` is not installed: with this a plain `pytest` finds it too.
 sys.path.insert(0, str(ROOT))
@@ -32,13 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One server at a time: what may start one in one process, other files beside them."""
+    """Servers under load one at a time, in one process; other files beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneServer(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            with_servers = nodeid.startswith(("tests/engine/", "tests/gpu/"))
-            return "servers" if with_servers else nodeid.split("::")[0]
+            file = nodeid.split("::")[0]
+            if not file.startswith(("tests/engine/", "tests/gpu/")):
+                return file
+            return "servers at rest" if Path(file).name in AT_REST else "servers"
 
     return OneServer(config, log)
 
