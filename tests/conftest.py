@@ -13,12 +13,12 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 KINDS = ("unit", "engine", "gpu")
-# Of servers that are asked little, or do not start: none needs the answers of stock SGLang.
+# Of servers that are asked little, or are not even started; none is compared with stock SGLang.
 AT_REST = {
     f"test_{name}.py"
     for name in (
-        "contract", "half_precision", "hooks", "pausing", "prefixes", "refusals",
-        "refused_models", "series", "slo_requests",
+        "contract", "hooks", "launch", "pausing", "prefixes", "refusals", "refused_models",
+        "series", "slo_requests",
     )
 }  # fmt: skip
 
@@ -43,14 +43,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Servers under load one at a time, in one process; other files beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneServer(LoadScopeScheduling):
+    class ServersApart(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
             if not file.startswith(("tests/engine/", "tests/gpu/")):
                 return file
             return "servers at rest" if Path(file).name in AT_REST else "servers"
 
-    return OneServer(config, log)
+    return ServersApart(config, log)
 
 
 def _kind_of(path: Path) -> str:

@@ -173,6 +173,21 @@ def test_the_overlap_scheduler_is_not_asked_for_in_vain(
     compat.check_overlap(SimpleNamespace(device="cuda", disable_overlap_schedule=False))
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_on_a_gpu_steps_overlap_only_on_request(
+    compat: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    monkeypatch.setenv("ORBITFLOW_CONFIG", json.dumps({"overlap_schedule": asked}))
+    on_gpu = view(compat, device="cuda", attention_backend=FLASHINFER, page_size=64)
+    declared: dict[str, Any] = {}
+    monkeypatch.setattr(compat.hooks, "verify", lambda hooks: None)
+    monkeypatch.setattr(compat, "resolving_view", lambda server_args: on_gpu)
+    monkeypatch.setattr(compat, "_declare", lambda server_args, **fields: declared.update(fields))
+    compat.choose_defaults(None, lambda server_args: None)
+    assert declared.pop("disable_cuda_graph") is True
+    assert declared == ({} if asked else {"disable_overlap_schedule": True})
+
+
 def test_parts_of_attention_that_would_go_unheeded_are_refused(compat: ModuleType) -> None:
     compat.refuse_parts({"sinks": None})
     with pytest.raises(NotImplementedError, match="no sinks"):
