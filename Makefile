@@ -10,12 +10,12 @@ MODEL ?=
 ARGS ?=
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 STAMP := .venv/.set-up
 # Nothing is looked up on the network once the set-up is done.
 OFFLINE := HF_HUB_OFFLINE=1
-# Two processes: all that starts servers in one, the rest beside it (tests/conftest.py).
-PARALLEL := -n 2
+# Processes; servers wait often enough for a third on two cores (tests/conftest.py).
+PARALLEL := -n 3
 
 .PHONY: help setup serve tiny-model demo test lint test-full gpu-check gpu-test gpu-bundle \
   bench-overhead bench-stream bench-planner bench-gpu eval eval-quick eval-full eval-live eval-gpu image-test clean
@@ -45,6 +45,8 @@ $(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
 	  echo "Installing the project" && \
 	  $(PIP) --no-deps --no-build-isolation -e .; \
 	fi
+	@echo "Compiling what was installed"
+	@$(PY) -m compileall -qq -j 0 .venv/lib orbitflow_sglang eval || true
 	@touch $@
 
 serve: setup ## serve the tiny model, or MODEL=/path, with OrbitFlow on

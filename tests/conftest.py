@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 KINDS = ("unit", "engine", "gpu")
-# Of servers that are asked little, or are not even started; none is compared with stock SGLang.
-AT_REST = {
-    f"test_{name}.py"
-    for name in (
-        "contract", "hooks", "launch", "pausing", "prefixes", "refusals", "refused_models",
-        "series", "slo_requests",
-    )
-}  # fmt: skip
+FULL = os.environ.get("ORBITFLOW_TEST_FULL") == "1"
+
+# The same examples each time, however slow the machine.
+settings.register_profile("seeded", derandomize=True, deadline=None)
+settings.load_profile("seeded")
 
 # `eval` is not installed: with this a plain `pytest` finds it too.
 sys.path.insert(0, str(ROOT))
@@ -40,17 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Servers under load one at a time, in one process; other files beside them."""
+    """File by file, those with servers first. One after another: what needs the GPU, and in full,
+    where servers are under load for long, all that starts servers."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ServersApart(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            if not file.startswith(("tests/engine/", "tests/gpu/")):
-                return file
-            return "servers at rest" if Path(file).name in AT_REST else "servers"
+    apart = ("tests/engine/", "tests/gpu/") if FULL else ("tests/gpu/",)
 
-    return ServersApart(config, log)
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "apart" if nodeid.startswith(apart) else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False  # as collected: the engine's tests come first
+    return FileByFile(config, log)
 
 
 def _kind_of(path: Path) -> str:

@@ -19,9 +19,10 @@ os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(_KNOWN - MODELS.keys
 
 
 @pytest.fixture(scope="session")
-def stock() -> Stock:
-    """Answers of stock SGLang, each asked for once a session."""
-    return Stock()
+def stock(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Stock:
+    """Answers of stock SGLang, each asked for once a test run."""
+    folder = tmp_path_factory.getbasetemp()  # of this process
+    return Stock(folder if worker_id == "master" else folder.parent)
 
 
 @pytest.fixture(scope="module")

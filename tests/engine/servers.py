@@ -7,14 +7,17 @@ are switched while it runs, and stock SGLang is asked once for each model.
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from eval.client import Client, Generation, Request
 from eval.identity import Comparison, compare, mixed_requests
@@ -41,6 +44,7 @@ MODELS = {
     "qwen2": TinyModel("qwen2", layers=4),
     "qwen3": TinyModel("qwen3", layers=12),
 }
+NO_OVERLAP = ("--disable-overlap-schedule",)
 # SGLang gives a rank a NUMA node, and stops where there are too few.
 CORE_A_RANK = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": ",".join(POLICIES)}
@@ -77,7 +81,9 @@ def run_python(
     )
 
 
-_ASKED: dict[str, list[tuple[Request, ...]]] = {}
+Ask = Callable[[Client], list[Generation]]  # a module's function, as it is the key of its answers
+Key = tuple[Request, ...] | Ask
+_ASKED: dict[str, list[Key]] = {}
 
 
 def asked_of_stock(style: str, wanted: Sequence[Request]) -> tuple[Request, ...]:
@@ -87,6 +93,16 @@ def asked_of_stock(style: str, wanted: Sequence[Request]) -> tuple[Request, ...]
     """
     _ASKED.setdefault(style, []).append(tuple(wanted))
     return tuple(wanted)
+
+
+def asks_stock(style: str) -> Callable[[Ask], Ask]:
+    """The same for a function that asks in its own way."""
+
+    def register(ask: Ask) -> Ask:
+        _ASKED.setdefault(style, []).append(ask)
+        return ask
+
+    return register
 
 
 WANTED = asked_of_stock(
@@ -99,21 +115,37 @@ WANTED = asked_of_stock(
 
 
 class Stock:
-    """What unmodified SGLang answers, with its own ``torch_native`` attention."""
+    """What unmodified SGLang answers, with its own ``torch_native`` attention.
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, tuple[Request, ...]], list[Generation]] = {}
+    llama without overlapped scheduling, which greedy tokens do not depend on and penalties do.
+    """
 
-    def answers(self, style: str, wanted: Sequence[Request]) -> list[Generation]:
-        key = (style, tuple(wanted))
-        if key not in self._known:
-            args = stock_args(build(MODELS[style]), "--max-total-tokens", "65536")
-            with Server(args) as server:
-                for each in dict.fromkeys([key[1], *_ASKED.get(style, ())]):
-                    if (style, each) not in self._known:
-                        self._known[style, each] = server.generate_many(each, CONCURRENCY)
-                        server.flush_cache()
-        return self._known[key]
+    def __init__(self, folder: Path) -> None:
+        """``folder`` keeps the answers for all processes of one test run."""
+        self._folder = folder
+
+    def answers(self, style: str, wanted: Sequence[Request] | Ask) -> list[Generation]:
+        key = wanted if callable(wanted) else tuple(wanted)
+        kept = self._folder / f"stock-{style}.pickle"
+        with FileLock(kept.with_suffix(".lock")):
+            known = pickle.loads(kept.read_bytes()) if kept.exists() else {}
+            if key not in known:
+                asked = dict.fromkeys([key, *_ASKED.get(style, ())])
+                known |= _answers_of_stock(style, [each for each in asked if each not in known])
+                kept.write_bytes(pickle.dumps(known))
+        found: list[Generation] = known[key]
+        return found
+
+
+def _answers_of_stock(style: str, keys: Sequence[Key]) -> dict[Key, list[Generation]]:
+    flags = NO_OVERLAP if style == "llama" else ()
+    args = stock_args(build(MODELS[style]), "--max-total-tokens", "65536", *flags)
+    answers = {}
+    with Server(args) as server:
+        for key in keys:
+            answers[key] = key(server) if callable(key) else server.generate_many(key, CONCURRENCY)
+            server.flush_cache()
+    return answers
 
 
 @dataclass

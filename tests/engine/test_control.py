@@ -21,9 +21,10 @@ from servers import (
     CONCURRENCY,
     CORE_A_RANK,
     FULL,
-    MODELS,
+    NO_OVERLAP,
     Stock,
     asked_of_stock,
+    asks_stock,
     assert_nothing_is_left,
     orbitflow_args,
     orbitflow_states,
@@ -33,8 +34,7 @@ from servers import (
 
 from eval.client import Client, Generation, Request
 from eval.identity import Comparison, compare, mixed_requests
-from eval.server import Server, stock_args
-from eval.tiny_model import build
+from eval.server import Server
 
 pytestmark = pytest.mark.engine
 
@@ -50,7 +50,6 @@ WORKLOAD = asked_of_stock(
     ),
 )
 ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
-NO_OVERLAP = ("--disable-overlap-schedule",)
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident"}
 SCHEMA = json.dumps(
     {
@@ -133,12 +132,9 @@ def ask_all(client: Client, setting: Setting, wanted: Sequence[Request]) -> list
         return list(pool.map(one, range(len(wanted))))
 
 
-@pytest.fixture(scope="module")
-def sampled_by_stock() -> list[Generation]:
-    """What unmodified SGLang answers without overlapped scheduling."""
-    args = stock_args(build(MODELS[STYLE]), "--max-total-tokens", "65536", *NO_OVERLAP)
-    with Server(args) as server:
-        return ask_all(server, Setting("stock", sampled=True), WORKLOAD)
+@asks_stock(STYLE)
+def with_sampling(server: Client) -> list[Generation]:
+    return ask_all(server, Setting("stock", sampled=True), WORKLOAD)
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: setting.name)
@@ -153,16 +149,11 @@ def test_tokens_are_those_of_stock_sglang(
     cell: tuple[Setting, Server],
     stock: Stock,
     identity_cells: dict[str, Comparison],
-    request: pytest.FixtureRequest,
 ) -> None:
     setting, server = cell
     set_internal_state(server, "orbitflow_pause", setting.pauses)
     found = ask_all(server, setting, WORKLOAD)
-    expected = (
-        request.getfixturevalue("sampled_by_stock")
-        if setting.sampled
-        else stock.answers(STYLE, WORKLOAD)
-    )
+    expected = stock.answers(STYLE, with_sampling if setting.sampled else WORKLOAD)
     result = compare(expected, found, ids_only=not setting.logprobs)
     identity_cells[f"control {setting.name}"] = result
     assert not result.failures, result

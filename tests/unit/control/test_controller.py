@@ -137,7 +137,7 @@ machines = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(
     policy=st.sampled_from([p for p in POLICIES if p not in ("queue", "retract+order")]),
     jobs=jobs_of_any_kind,

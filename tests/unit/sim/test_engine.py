@@ -214,7 +214,7 @@ LENGTHS = st.lists(
 
 
 @given(LENGTHS, st.sampled_from(POLICIES), st.booleans(), st.sampled_from((64, 96, 160)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_everybody_is_served_and_the_books_balance(
     lengths: list[tuple[float, int, int]], policy: str, mixed: bool, arena: int
 ) -> None:
