@@ -83,7 +83,7 @@ gpu-test: setup ## every test marked gpu, on an NVIDIA GPU
 gpu-bundle: setup ## build/gpu-bundle: what a GPU machine without a network lacks, in parts
 	@$(PY) -m eval.gpu_bundle $(ARGS)
 
-bench-overhead: setup ## decode throughput, all resident, against stock SGLang
+bench-overhead: setup ## decode throughput, all resident, against stock SGLang (ARGS="--waiting 1000")
 	@$(OFFLINE) $(PY) -m eval.bench.overhead $(ARGS)
 
 bench-stream: setup ## measured step time over an emulated link, against the bound

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -62,13 +63,14 @@ class DecodeWindow:
         return self.requests / self.tokens_per_s
 
 
-def decode_window(streams: Sequence[Sequence[Event]]) -> DecodeWindow:
+def decode_window(streams: Sequence[Sequence[Event]], since_s: float = -math.inf) -> DecodeWindow:
     """Throughput while all of ``streams`` decode; raises ``ValueError`` if they never do.
+    Only from ``since_s`` on.
 
     Of each request the first and the last event within the window count, so the time is
     that of whole steps.
     """
-    begin = max(events[0].at_s for events in streams)
+    begin = max(since_s, *(events[0].at_s for events in streams))
     end = min(events[-1].at_s for events in streams)
     rate = 0.0
     for events in streams:
@@ -114,11 +116,16 @@ class Batch:
     stream_interval: int = STREAM_INTERVAL
 
     def measure(
-        self, client: Client, seed: int, on_event: Callable[[int], None] | None = None
+        self,
+        client: Client,
+        seed: int,
+        on_event: Callable[[int], None] | None = None,
+        since_s: Callable[[], float] = lambda: -math.inf,
     ) -> DecodeWindow:
         """Sends the batch and times its decode steps; nothing of it is left in the cache.
 
-        ``on_event(tokens)`` is called, by any thread, when every request has so many tokens.
+        ``on_event(tokens)`` is called, by any thread, when every request has so many tokens;
+        ``since_s()``, at the end, says from when on steps count.
         """
         prompts = random_prompts(self.requests, self.prompt_tokens, seed)
         watch = _Watch(self.requests, on_event)
@@ -134,7 +141,7 @@ class Batch:
             # Not waiting: when interrupted, the threads end as their server does.
             pool.shutdown(wait=False, cancel_futures=True)
         client.flush_cache()
-        return decode_window([future.result() for future in futures])
+        return decode_window([future.result() for future in futures], since_s())
 
 
 class _Watch:

@@ -7,14 +7,19 @@ medians of their repetitions. The result is the median ratio of the pairs with t
 the most. With --gpu a model of 8B shape on an NVIDIA GPU, where stock SGLang has full CUDA graphs
 and the overlap scheduler (``stock``) or neither (``stock-eager``), and OrbitFlow graphs in pieces
 with the overlap scheduler (``orbitflow-overlapped``) or without (``orbitflow-graphs``), or neither.
+With --waiting N, what it costs that N requests wait for a place meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import random
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,10 +30,12 @@ from eval.bench.link import gpu, needs_gpu
 from eval.bench.measure import (
     Batch,
     Spread,
+    random_prompts,
     results_folder,
     threads_env,
     write_result,
 )
+from eval.client import Client, RequestFailed
 from eval.live import contestants
 from eval.server import Server, ServerFailed, stock_args
 from eval.tiny_model import TinyModel, build
@@ -64,7 +71,8 @@ class Run:
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
-    starts = gpu_servers() if options.gpu else cpu_servers(options.layers, options.threads)
+    places = ("--max-running-requests", str(options.batch)) if options.waiting else ()
+    starts = gpu_servers(places) if options.gpu else cpu_servers(options, places)
     kinds = sorted({"stock", *options.kinds} if options.kinds else starts)
     about = _about(options, kinds)
     batch = Batch(options.batch, options.context, options.tokens)
@@ -73,7 +81,9 @@ def main(argv: Sequence[str]) -> int:
     for pair, order in enumerate(orders(kinds, options.pairs, options.seed), start=1):
         for kind in order:
             try:
-                runs.append(measure(starts[kind], pair, kind, batch, options.repetitions))
+                runs.append(
+                    measure(starts[kind], pair, kind, batch, options.repetitions, options.waiting)
+                )
             except ServerFailed as error:
                 failed.append(f"pair {pair} {kind}: {error}")
                 print(failed[-1], file=sys.stderr, flush=True)
@@ -100,7 +110,7 @@ def _about(options: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
         "aim": AIM,
         "workload": asdict(Batch(options.batch, options.context, options.tokens))
         | model
-        | {"repetitions": options.repetitions},
+        | {"repetitions": options.repetitions, "waiting": options.waiting},
         "threads": None if options.gpu else options.threads or "all cores",
         "server_args": {
             kind: gpu_flags(kind) if options.gpu else list(KINDS[kind]) for kind in kinds
@@ -118,16 +128,17 @@ def _result(runs: Sequence[Run], kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def cpu_servers(layers: int, threads: int | None) -> Starts:
-    model, env = build(TinyModel(layers=layers)), threads_env(threads)
+def cpu_servers(options: argparse.Namespace, more: tuple[str, ...]) -> Starts:
+    model, env = build(TinyModel(layers=options.layers)), threads_env(options.threads)
     return {
-        kind: partial(Server, stock_args(model, *args), env=env) for kind, args in KINDS.items()
+        kind: partial(Server, stock_args(model, *args, *more), env=env)
+        for kind, args in KINDS.items()
     }
 
 
-def gpu_servers() -> Starts:
+def gpu_servers(more: tuple[str, ...]) -> Starts:
     return {
-        kind: partial(contestants.server, name, _setup(flags))
+        kind: partial(contestants.server, name, _setup((*flags, *more)))
         for kind, (name, flags) in GPU_KINDS.items()
     }
 
@@ -154,6 +165,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--context", type=int, default=512, help="tokens (%(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="to generate (%(default)s)")
+    parser.add_argument("--waiting", type=int, default=0, help="requests (%(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch (one for each core)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (%(default)s)")
     parser.add_argument("--output", type=Path, help="(eval/results/{cpu,GPU}/overhead.json)")
@@ -166,7 +178,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown := set(options.kinds or ()) - known.keys():
         parser.error(f"--kinds: no {', '.join(sorted(unknown))} among {', '.join(known)}")
     folder = results_folder(gpu=options.gpu, quick=options.quick)
-    options.output = options.output or folder / "overhead.json"
+    name = f"overhead-{options.waiting}-waiting.json" if options.waiting else "overhead.json"
+    options.output = options.output or folder / name
     return options
 
 
@@ -176,15 +189,61 @@ def orders(kinds: Sequence[str], pairs: int, seed: int) -> list[list[str]]:
     return [chance.sample(kinds, len(kinds)) for _ in range(pairs)]
 
 
+class Crowd:
+    """Requests that wait while a batch decodes, and are given up when it has ended."""
+
+    def __init__(self, client: Client, count: int, batch: Batch) -> None:
+        self._client, self._count, self._batch = client, count, batch
+        self._waits: threading.Thread | None = None
+        self._since_s = -math.inf
+
+    def since_s(self) -> float:
+        """From when on all of them waited; raises ``ValueError`` if they never did."""
+        if self._count and math.isinf(self._since_s):
+            raise ValueError("the batch ended before all others waited: ask for more --tokens")
+        return self._since_s
+
+    def __call__(self, tokens: int) -> None:
+        """Every request of the batch has so many tokens."""
+        if self._count and self._waits is None:
+            self._waits = threading.Thread(target=self._wait)
+            self._waits.start()
+            threading.Thread(target=self._watch).start()
+        elif self._waits is not None and tokens == self._batch.output_tokens:
+            self._client.abort_all()
+            self._waits.join()
+            self._waits = None
+
+    def _watch(self) -> None:
+        while (waits := self._waits) is not None and waits.is_alive():
+            if sum(load["num_waiting_reqs"] for load in self._client.loads()) == self._count:
+                self._since_s = time.perf_counter()
+                return
+            time.sleep(0.2)
+
+    def _wait(self) -> None:
+        prompts = random_prompts(self._count, self._batch.prompt_tokens, seed=0)
+        sampling = {"max_new_tokens": self._batch.output_tokens, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": sampling}
+        with contextlib.suppress(RequestFailed):  # as they are given up
+            self._client.post("/generate", body)
+
+
 def measure(
-    start: Callable[[], Server], pair: int, kind: str, batch: Batch, repetitions: int
+    start: Callable[[], Server],
+    pair: int,
+    kind: str,
+    batch: Batch,
+    repetitions: int,
+    waiting: int = 0,
 ) -> Run:
     """Starts a server; the first batch warms it up. All kinds get the same prompts."""
     rates = []
     with start() as server:
         for repetition in range(repetitions + 1):
             seed = 1000 * pair + repetition
-            rates.append(batch.measure(server, seed).tokens_per_s)
+            crowd = Crowd(server, waiting, batch)
+            rates.append(batch.measure(server, seed, crowd, crowd.since_s).tokens_per_s)
     return Run(pair, kind, tuple(rates[1:]))
 
 

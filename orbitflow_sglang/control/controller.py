@@ -14,6 +14,7 @@ from typing import Protocol
 
 from orbitflow_sglang.control import rules
 from orbitflow_sglang.control.balance import Balance
+from orbitflow_sglang.control.line import Line
 from orbitflow_sglang.control.planning import WINDOW_STEPS, Planning, Worker, placement_of
 from orbitflow_sglang.control.policies import PolicySpec
 from orbitflow_sglang.control.prompts import PrefillCosts, Prompts
@@ -65,6 +66,7 @@ class Controller:
         self._resumed_at: dict[str, int] = {}  # tokens generated when last resumed
         self._grants = 0
         self._prompts = Prompts(spec, machine, costs)
+        self._line = Line()
         self._ordered: list[Candidacy] = []
         self._granted: set[str] = set()
         self._replan = False
@@ -109,6 +111,7 @@ class Controller:
             and self._used(scene, scene.decoding) <= self.machine.main_pages
         ):
             return NOTHING
+        scene.waiting = self._line.looked_at(scene.waiting)
         self._weigh(scene, obs)
         pause = self._overflow(scene)
         pause += self._grant(scene, pause)
@@ -139,16 +142,15 @@ class Controller:
 
     # --- the scene ------------------------------------------------------------
 
-    def _pages(self, views: Iterable[RequestView]) -> int:
-        return pages_ahead(views, self.machine)
+    def _pages(self, view: RequestView) -> int:
+        return pages_ahead(view, self.machine)
 
     def _used(self, scene: Scene, views: Sequence[RequestView]) -> int:
         return pages_used(scene, views, self.machine)
 
     def _held(self, scene: Scene) -> int:
         """Pages that those set aside hold on the host."""
-        pages = sum(view.tokens // self.machine.page_size for view in scene.paused)
-        return pages * self.machine.layers
+        return self.machine.layers * sum(v.tokens // self.machine.page_size for v in scene.paused)
 
     def _weigh(self, scene: Scene, obs: Observation) -> None:
         machine, spec = self.machine, self.spec
@@ -171,12 +173,13 @@ class Controller:
             scene.room = math.inf
         else:
             scene.room = machine.main_pages + scene.budget_pages
-        if self._pages(obs.requests) > scene.room:
+        everybody = [*scene.decoding, *scene.prefilling, *scene.paused, *scene.waiting]
+        if sum(map(self._pages, everybody)) > scene.room:
             self._shared = [unit for unit in obs.units() if len(unit.users) > 1]
             scene.shared = self._shared
         self._returning = {v.rid: None for v in scene.paused if v.rid in self._returning}
-        scene.read = self._pages(self._active(scene))
-        scene.used = self._used(scene, self._active(scene))
+        active = self._active(scene)
+        scene.read, scene.used = sum(map(self._pages, active)), self._used(scene, active)
         scene.used += self._reserved([*scene.decoding, *scene.prefilling])
 
     def _reserved(self, views: Iterable[RequestView]) -> int:
@@ -236,7 +239,7 @@ class Controller:
 
     def _set_aside(self, scene: Scene, gone: Sequence[str], victim: Candidate, why: str) -> None:
         left = [view for view in self._active(scene) if view.rid not in gone]
-        scene.used, scene.read = self._used(scene, left), self._pages(left)
+        scene.read, scene.used = sum(map(self._pages, left)), self._used(scene, left)
         scene.reasons.append(f"pause {victim.rid}: {why}; ahead by {victim.deposit_s:.3f} s")
 
     def _wanting(self, scene: Scene) -> list[Candidacy]:
@@ -246,7 +249,7 @@ class Controller:
         for view in () if self._planned_away(scene) else scene.paused:
             if not view.settled or view.rid in self._returning:
                 continue
-            read = self._pages([view])
+            read = self._pages(view)
             there = sum(
                 unit.pages * self.machine.layers
                 for unit in scene.shared
@@ -277,7 +280,7 @@ class Controller:
             slack, owed = self._to_go_on(able._replace(reload_s=self._prompts.left_s(view)))
         elif self.spec.has("ordering") or self.spec.has("pause"):
             slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
-        read = self._pages([view])
+        read = self._pages(view)
         pages = read - view.shared_tokens // self.machine.page_size * self.machine.layers
         pages += self._reserved([view])
         return Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, owed, read)
@@ -301,6 +304,7 @@ class Controller:
         if not (scene.decoding or scene.prefilling or self._returning):
             # Nothing runs: a newcomer may have no slots until somebody paused gives up theirs.
             ordered.sort(key=lambda wants: not wants.paused)
+        self._line.ordered([wants.rid for wants in ordered if not wants.paused])
         self._ordered, self._granted = ordered, set()
         more: list[str] = []
         running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
@@ -336,10 +340,9 @@ class Controller:
     def _fits(self, scene: Scene, wants: Candidacy, running: int) -> bool:
         if running == 0:
             return True  # alone it decodes whatever its size
-        wanted = wants.pages
-        if wants.paused:
-            wanted += self.machine.layers * running  # so that it is not set aside again at once
-        return rules.fits(scene.used, wanted, scene.room)
+        # Who comes back is not to be set aside again at once.
+        growth = self.machine.layers * running if wants.paused else 0
+        return rules.fits(scene.used, wants.pages + growth, scene.room)
 
     def _affordable(self, scene: Scene, wants: Candidacy, running: int) -> bool:
         """Whether a newcomer leaves those on time their pace, and their turns in memory."""
@@ -363,7 +366,7 @@ class Controller:
             paced = view.slo.deposit and pace is not None and self.spec.has("deposit")
             shares[view.rid] = rules.committed_share(scene.step_s, pace or 0.0, paced)
         views = [*scene.decoding, *scene.paused, *scene.prefilling]
-        total = sum(self._pages([v]) * shares[v.rid] for v in views if v.rid in shares)
+        total = sum(self._pages(v) * shares[v.rid] for v in views if v.rid in shares)
         for unit in scene.shared:  # there while one of them is
             users = [shares[user] for user in unit.users if user in shares]
             total -= (sum(users) - max(users, default=0.0)) * unit.pages * self.machine.layers
@@ -463,9 +466,8 @@ class Controller:
         if self.spec.overflow != "pause":
             return None, ()
         if self._used(scene, active) <= self.machine.main_pages:
-            if self._placed is None and not away:
-                return None, ()
-            if self._placed == key and self.planning.plan is None:
+            as_before = self._placed == key and self.planning.plan is None
+            if as_before or (self._placed is None and not away):
                 return None, ()
             self.planning.forget()
             self.streamed_pages = 0

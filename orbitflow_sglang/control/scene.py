@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orbitflow_sglang.control.rules import GROWTH_STEPS, RECOVERY_TOKENS
@@ -51,11 +51,11 @@ class Scene:
 def lost(view: RequestView, scene: Scene) -> bool:
     """Whether the request misses its SLO whatever is done: its first token is too late, or the
     TPOT target is missed even if every token to come is computed at once."""
-    first_s = scene.now if view.first_token_s is None else view.first_token_s
-    if view.slo.ttft_s is not None and first_s - view.arrival_s > view.slo.ttft_s:
+    ttft_s, first_s = view.slo.ttft_s, view.first_token_s
+    waited_s = (scene.now if first_s is None else first_s) - view.arrival_s
+    if ttft_s is not None and waited_s > ttft_s:
         return True
-    deposit = view.deposit_s(scene.now)
-    if deposit >= 0:
+    if first_s is None or (deposit := view.deposit_s(scene.now)) >= 0:
         return False
     # Who sets no limit has one as long as the context: what others say is then the better guess.
     left = min(view.max_new_tokens, max(scene.output, view.generated + RECOVERY_TOKENS))
@@ -63,20 +63,17 @@ def lost(view: RequestView, scene: Scene) -> bool:
     return deposit + left * max(0.0, (view.slo.pace_s or 0.0) - scene.step_s) < 0
 
 
-def pages_ahead(views: Iterable[RequestView], machine: Machine) -> int:
-    """Pages of these requests a few steps ahead, tails included, prefixes counted twice."""
-    size, total = machine.page_size, 0
-    for view in views:
-        tokens = view.tokens + GROWTH_STEPS
-        if view.phase in ("prefill", "waiting"):
-            tokens = max(tokens, view.prompt_tokens + GROWTH_STEPS)
-        total += tokens // size + 1
-    return total * machine.layers
+def pages_ahead(view: RequestView, machine: Machine) -> int:
+    """Pages of a request a few steps ahead, tails included."""
+    tokens = view.tokens
+    if view.phase in ("prefill", "waiting") and view.prompt_tokens > tokens:
+        tokens = view.prompt_tokens
+    return ((tokens + GROWTH_STEPS) // machine.page_size + 1) * machine.layers
 
 
 def pages_used(scene: Scene, views: Sequence[RequestView], machine: Machine) -> int:
-    """The same with what these requests share counted once, as far as that was looked at."""
-    total = pages_ahead(views, machine)
+    """The same of several, what they share counted once as far as that was looked at."""
+    total = sum(pages_ahead(view, machine) for view in views)
     if scene.shared:
         rids = {view.rid for view in views}
         for unit in scene.shared:

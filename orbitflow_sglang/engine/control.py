@@ -148,19 +148,20 @@ class SchedulerControl:
         """SGLang's choice of a prefill batch among those who may start, in our order."""
         decision, scheduler = self.decision, self._scheduler
         queue: list[Req] = scheduler.waiting_queue
-        known = self.views.keys()
         # Received with the decision, in lockstep: it is the next one that says about them.
-        strangers = {r.rid for r in queue} - known if self._lockstep else set()
+        strangers = {r.rid for r in queue} - self.views.keys() if self._lockstep else set()
         simple = decision.order is None and decision.admit is None and decision.chunk_tokens is None
         if simple and not strangers:
             return choose()
-        if decision.order is not None:
+        if decision.order is not None:  # of those that were looked at: they come first
             rank = {rid: place for place, rid in enumerate(decision.order)}
-            queue = sorted(queue, key=lambda req: rank.get(req.rid, len(rank)))
+            named = sorted((r for r in queue if r.rid in rank), key=lambda req: rank[req.rid])
+            queue = [*named, *(r for r in queue if r.rid not in rank)]
         admit = decision.admit
-        waiting = strangers if admit is None else strangers | (known - admit)
-        held_back = [r for r in queue if r.rid in waiting]
-        scheduler.waiting_queue = [r for r in queue if r.rid not in waiting]
+        if admit is None:
+            admit = frozenset(r.rid for r in queue) - strangers
+        held_back = [r for r in queue if r.rid not in admit]
+        scheduler.waiting_queue = [r for r in queue if r.rid in admit]
         chunk = scheduler.chunked_prefill_size
         if decision.chunk_tokens is not None and chunk is not None and chunk > 0:
             scheduler.chunked_prefill_size = min(chunk, decision.chunk_tokens)
@@ -397,7 +398,8 @@ class SchedulerControl:
                 view.missing_pages *= self._runtime.store.layout.layers
         for req in scheduler.waiting_queue:
             view = seen[req.rid] = self._view(req)
-            view.phase, view.tokens = "waiting", 0
+            if view.phase != "waiting":  # retracted
+                view.phase, view.tokens = "waiting", 0
             view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
         self._look_up_a_prefix(scheduler.waiting_queue)
         if len(seen) != len(views):

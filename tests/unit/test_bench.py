@@ -34,6 +34,12 @@ def test_only_whole_steps_between_two_events_of_a_request_count() -> None:
     assert decode_window([one, other]) == DecodeWindow(1.0, 8.0, 2, 4.0)
 
 
+def test_steps_before_a_given_moment_do_not_count() -> None:
+    one = events((0.0, 1), (10.0, 2), (12.0, 6), (14.0, 10))
+    assert decode_window([one], 10.5) == DecodeWindow(10.5, 14.0, 1, 2.0)
+    assert decode_window([one]).begin_s == 0.0
+
+
 def test_requests_that_never_decode_together_have_no_window() -> None:
     with pytest.raises(ValueError, match="did not decode together"):
         decode_window([events((0.0, 1), (1.0, 9)), events((2.0, 1), (3.0, 9))])

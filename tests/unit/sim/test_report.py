@@ -146,13 +146,23 @@ def test_a_study_is_written_whole_or_not_at_all(
     assert len(campaign.read(path)) == 1
 
 
-def test_runs_of_earlier_code_are_said_to_be_such() -> None:
-    rows = [campaign.row_of(replace(SMALL, seed=seed)) for seed in (1, 2)]
+def test_runs_of_earlier_code_are_said_to_be_such_and_done_again_too() -> None:
+    rows = [campaign.row_of(replace(SMALL, seed=seed)) for seed in (1, 2, 3)]
     found: dict[str, list[campaign.Row]] = {name: [] for name in studies.STUDIES}
     found["mixes"] = rows
     assert "earlier code" not in "".join(report._report(found))
-    rows[0]["code"] = "earlier"
-    assert "Of the 2 runs 1 were made by earlier code" in "".join(report._report(found))
+    rows[0]["code"] = rows[1]["code"] = "earlier"
+    rows[1]["metrics"] = rows[1]["metrics"] | {"good_requests": 0.123}
+    again = report.run_again(rows, count=5, seed=0)
+    assert sorted((one.earlier, one.differs) for one in again) == [
+        (False, ()),
+        (True, ()),
+        (True, ("metrics",)),
+    ]
+    assert (
+        "Of the 3 runs 2 were made by earlier code; of 2 of these that were done again with the "
+        "code as it is, 1 came out the same."
+    ) in "".join(report._report(found, again))
 
 
 def test_what_is_missing_of_a_study_is_left_out() -> None:
@@ -177,10 +187,13 @@ def test_what_is_missing_of_a_study_is_left_out() -> None:
 
 def test_a_stored_run_that_says_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = campaign.row_of(SMALL)
-    assert report.run_again([stored], count=5, seed=0) == []
+    error = stored["metrics"][report.ERROR]
+    stored["metrics"] = stored["metrics"] | {report.ERROR: error + 1e-9}
+    (one,) = report.run_again([stored], count=5, seed=0)
+    assert not one.differs
     stored["metrics"] = stored["metrics"] | {"good_requests": 0.123}
-    (line,) = report.run_again([stored], count=5, seed=0)
-    assert line.startswith("differs in metrics")
+    (one,) = report.run_again([stored], count=5, seed=0)
+    assert str(one).startswith("a run differs in metrics")
 
 
 def test_equal_scenarios_give_equal_bytes_whatever_hashing_and_threads(tmp_path: Path) -> None:
