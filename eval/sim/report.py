@@ -124,7 +124,7 @@ def run_again(rows: Sequence[Row], count: int, seed: int) -> list[Again]:
 def _told(part: Any) -> Any:
     """What a run says. The last digits of an error of 1e-8, the difference of two numbers all but
     equal, are those of the processor."""
-    if not isinstance(part, dict) or ERROR not in part:
+    if not isinstance(part, dict) or part.get(ERROR) is None:
         return part
     return part | {ERROR: round(part[ERROR], 6)}
 

@@ -77,9 +77,12 @@ def test_costs_are_measured_and_nothing_is_left_of_it(stock: Stock, tmp_path: Pa
         assert fresh["h2d"]["bytes"] == fresh["d2h"]["bytes"] == 0
         assert fresh["failed_idle_checks"] == 0
         assert fresh["policy"] == "orbitflow"
-        answers = running.generate_many(WANTED, CONCURRENCY)
         # Nothing but health checks has ended so far, and these say nothing about real requests.
+        sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+        prompts = [list(request.input_ids) for request in WANTED]  # in one message: together
+        running.post("/generate", {"input_ids": prompts, "sampling_params": sampling})
         assert state_of(running)["decode_batch_sizes"].get("2", 0) > 0
+        answers = running.generate_many(WANTED, CONCURRENCY)
         assert most_together(running) >= 6
         assert_nothing_is_left(running)
     measured = fresh["profile"]
