@@ -255,7 +255,7 @@ class Controller:
                 for unit in scene.shared
                 if view.rid in unit.users and not active.isdisjoint(unit.users)
             )
-            slack, owed = self._to_go_on(self._candidate(view, scene))
+            slack, owed = rules.to_go_on(self._candidate(view, scene))
             since = scene.now if view.paused_s is None else view.paused_s
             wanting.append(
                 Candidacy(view.rid, since, view.arrival_s, slack, read - there, True, owed, read)
@@ -277,7 +277,7 @@ class Controller:
         slack, owed = 0.0, False
         if view.first_token_s is not None:  # SGLang has retracted it
             able = self._candidate(view, scene)
-            slack, owed = self._to_go_on(able._replace(reload_s=self._prompts.left_s(view)))
+            slack, owed = rules.to_go_on(able._replace(reload_s=self._prompts.left_s(view)))
         elif self.spec.has("ordering") or self.spec.has("pause"):
             slack = -1.0 if view.rid in late else self._prompts.slack_s(view, scene)
         read = self._pages(view)
@@ -285,17 +285,12 @@ class Controller:
         pages += self._reserved([view])
         return Candidacy(view.rid, view.arrival_s, view.arrival_s, slack, pages, False, owed, read)
 
-    @staticmethod
-    def _to_go_on(able: Candidate) -> tuple[float, bool]:
-        """Slack of somebody whose client has tokens already, and whether it is owed the next."""
-        if able.late:
-            return -1.0, False
-        if able.paced:
-            return able.deposit_s - able.reload_s, False
-        return (math.inf, False) if math.isinf(able.pace_s) else (0.0, True)
-
     def _grant(self, scene: Scene, gone: Sequence[str]) -> list[str]:
         """Let those in as far as there is room; may set others aside for an urgent one."""
+        self._ordered, self._granted = [], set()
+        running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
+        if running >= self.machine.max_running:
+            return []
         wanting = self._wanting(scene)
         if self.spec.has("ordering"):
             ordered = rules.by_slack(wanting, self._grants)
@@ -305,9 +300,8 @@ class Controller:
             # Nothing runs: a newcomer may have no slots until somebody paused gives up theirs.
             ordered.sort(key=lambda wants: not wants.paused)
         self._line.ordered([wants.rid for wants in ordered if not wants.paused])
-        self._ordered, self._granted = ordered, set()
+        self._ordered = ordered
         more: list[str] = []
-        running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
         newcomers = True  # until one of them finds no room: then it is kept for that one
         for wants in ordered:
             if running >= self.machine.max_running:

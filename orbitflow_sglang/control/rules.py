@@ -116,6 +116,15 @@ class Candidacy(NamedTuple):
     read: int = 0  # pages that it adds to what a step reads
 
 
+def to_go_on(able: Candidate) -> tuple[float, bool]:
+    """Slack of somebody whose client has tokens already, and whether it is owed the next."""
+    if able.late:
+        return -1.0, False
+    if able.paced:
+        return able.deposit_s - able.reload_s, False
+    return (math.inf, False) if math.isinf(able.pace_s) else (0.0, True)
+
+
 def by_slack(wanting: Sequence[Candidacy], grants: int) -> list[Candidacy]:
     """Least slack first; who is late anyway comes last; nobody waits for ever.
 

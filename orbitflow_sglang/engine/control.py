@@ -397,10 +397,10 @@ class SchedulerControl:
                 view.missing_pages = view.tokens // self._runtime.store.layout.page_size
                 view.missing_pages *= self._runtime.store.layout.layers
         for req in scheduler.waiting_queue:
-            view = seen[req.rid] = self._view(req)
+            view = seen[req.rid] = views.get(req.rid) or self._view(req)
             if view.phase != "waiting":  # retracted
                 view.phase, view.tokens = "waiting", 0
-            view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
+                view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
         self._look_up_a_prefix(scheduler.waiting_queue)
         if len(seen) != len(views):
             for rid in views.keys() - seen.keys():

@@ -21,10 +21,11 @@ COUNT = 1500
 
 
 def waiting(count: int) -> list[RequestView]:
-    """In another order than they came."""
+    """In another order than they came, and who came first last of all."""
     views = [RequestView(f"r{i}", i / 100, SLO(ttft_s=60.0), 100, 10) for i in range(count)]
-    random.Random(count).shuffle(views)
-    return views
+    oldest, *others = views
+    random.Random(count).shuffle(others)
+    return [*others, oldest]
 
 
 def settled(line: Line, views: list[RequestView]) -> list[RequestView]:
@@ -47,6 +48,7 @@ def test_of_a_long_line_few_are_looked_at_and_in_turns_everybody() -> None:
     line, views = Line(), waiting(COUNT)
     first = settled(line, views)
     oldest = min(views, key=lambda view: view.arrival_s)
+    assert oldest not in first
     seen: set[str] = set()
     for _ in range(math.ceil(COUNT / NEXT)):
         found = line.looked_at(views)
@@ -76,24 +78,33 @@ class CountingCosts(ConstantCosts):
         return super().prefill_s(tokens, context_tokens)
 
 
+def prompts_weighed(count: int, prefill_token_s: float = 1e-2, places: int = 12) -> int:
+    """In a decision with one decoding and ``count`` in line."""
+    costs = CountingCosts(prefill_token_s=prefill_token_s)
+    machine = replace(MACHINE, max_running=places)
+    controller = Controller(find_policy("orbitflow"), machine, costs, None)
+    ended = RequestView("ended", 0.0, SLO(), 100, 10)
+    ended.times.add(1.0, 10)
+    controller.finished(ended)
+    running = RequestView("running", 0.0, SLO(), 900, 10, phase="decode", tokens=900)
+    running.times.add(1.0, 1)
+    views = [running, *waiting(count)]
+    for _ in range(2):  # at first everybody is new
+        costs.prompts = 0
+        decision = controller.decide(Observation(20.0, views, list))
+    assert decision.admit is not None and len(decision.admit) <= places - 1
+    return costs.prompts
+
+
 @pytest.mark.parametrize("mu", ["prompts hold each other up", "memory holds them up"])
 def test_what_a_decision_takes_does_not_grow_with_the_line(mu: str) -> None:
-    def prompts_weighed(count: int) -> int:
-        costs = CountingCosts(prefill_token_s=1e-2 if mu.startswith("prompts") else 1e-6)
-        controller = Controller(find_policy("orbitflow"), MACHINE, costs, None)
-        ended = RequestView("ended", 0.0, SLO(), 100, 10)
-        ended.times.add(1.0, 10)
-        controller.finished(ended)
-        running = RequestView("running", 0.0, SLO(), 900, 10, phase="decode", tokens=900)
-        running.times.add(1.0, 1)
-        views = [running, *waiting(count)]
-        for _ in range(2):  # at first everybody is new
-            costs.prompts = 0
-            controller.decide(Observation(20.0, views, list))
-        return costs.prompts
-
+    prefill_token_s = 1e-2 if mu.startswith("prompts") else 1e-6
     for count in (COUNT, 8 * COUNT):
-        assert 0 < prompts_weighed(count) < 3 * (KEPT + NEXT)
+        assert KEPT < prompts_weighed(count, prefill_token_s) < 3 * (KEPT + NEXT)
+
+
+def test_while_all_places_are_taken_nobody_in_line_is_weighed() -> None:
+    assert prompts_weighed(COUNT, places=1) == prompts_weighed(1, places=1) < 5
 
 
 def test_the_most_urgent_of_a_long_line_is_soon_first() -> None:
