@@ -158,7 +158,7 @@ def _room(scheduler: Scheduler, store: ResidencyStore) -> measuring.Room:
         tokens=store.capacity.logical_pages * store.layout.page_size,
         page_size=store.layout.page_size,
         context_tokens=min(scheduler.max_req_input_len, pool.req_to_token.shape[1]),
-        requests=pool.size,
+        requests=min(pool.size, scheduler.max_running_requests),  # rows are for paused ones too
         most_tokens=MOST_TOKENS.get(kind, MOST_TOKENS["cuda"]),
     )
 

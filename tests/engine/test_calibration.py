@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import orjson
 import pytest
 from servers import CONCURRENCY, WANTED, Stock, assert_nothing_is_left, in_full_only, orbitflow_args
 
+from eval.client import Request
 from eval.server import Server, ServerFailed
 from orbitflow_sglang.planner.cost_model import ComputeModel, Profile, TransferModel
 
@@ -59,13 +59,9 @@ def most_together(running: Server) -> int:
     """How many of twelve decode together that have half an arena in common, and little else."""
     lax = {"orbitflow": {"ttft_slo_ms": 1e6, "tpot_slo_ms": 1e5}}
     prefix = [7] * 1024
-
-    def one(number: int) -> None:
-        running.generate([*prefix, *[100 + number] * 10], 32, custom_params=lax)
-
-    one(0)
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(one, range(12)))
+    running.generate(prefix, 1)
+    wanted = [Request(f"like-{n}", (*prefix, *[100 + n] * 10), 32) for n in range(12)]
+    running.generate_batch(wanted, custom_params=lax)
     return max(map(int, state_of(running)["decode_batch_sizes"]))
 
 
@@ -78,9 +74,7 @@ def test_costs_are_measured_and_nothing_is_left_of_it(stock: Stock, tmp_path: Pa
         assert fresh["failed_idle_checks"] == 0
         assert fresh["policy"] == "orbitflow"
         # Nothing but health checks has ended so far, and these say nothing about real requests.
-        sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-        prompts = [list(request.input_ids) for request in WANTED]  # in one message: together
-        running.post("/generate", {"input_ids": prompts, "sampling_params": sampling})
+        running.generate_batch(WANTED)
         assert state_of(running)["decode_batch_sizes"].get("2", 0) > 0
         answers = running.generate_many(WANTED, CONCURRENCY)
         assert most_together(running) >= 6
@@ -118,6 +112,16 @@ def test_costs_are_measured_with_small_and_large_pages(tmp_path: Path, page_size
         assert state["profile"]["source"] == "measured"
         assert_sensible(state["profile"])
         running.generate_many(WANTED, CONCURRENCY)
+        assert_nothing_is_left(running)
+
+
+@in_full_only
+@pytest.mark.parametrize("most", [1, 2])
+def test_costs_are_measured_where_few_may_decode_together(tmp_path: Path, most: int) -> None:
+    with server(tmp_path, *SLOW_LINK, "--max-running-requests", str(most)) as running:
+        assert_sensible(state_of(running)["profile"])
+        running.generate_many(WANTED, CONCURRENCY)
+        assert max(map(int, state_of(running)["decode_batch_sizes"])) <= most
         assert_nothing_is_left(running)
 
 

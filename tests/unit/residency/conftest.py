@@ -13,15 +13,13 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too
 
 settings.register_profile(
     "residency",
-    derandomize=True,
-    deadline=None,
     max_examples=300 if os.environ.get("ORBITFLOW_TEST_FULL") == "1" else 150,
     stateful_step_count=40,
     suppress_health_check=SLOW,
 )
 settings.register_profile(
     "long",
-    deadline=None,
+    derandomize=False,
     max_examples=3000,
     stateful_step_count=80,
     print_blob=True,
