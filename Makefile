@@ -45,7 +45,7 @@ $(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
 	  echo "Installing the project" && \
 	  $(PIP) --no-deps --no-build-isolation -e .; \
 	fi
-	@echo "Compiling what was installed"
+	@echo "Compiling what was installed"  # some of it are templates that are no Python: || true
 	@$(PY) -m compileall -qq -j 0 .venv/lib orbitflow_sglang eval || true
 	@touch $@
 
