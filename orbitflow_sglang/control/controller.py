@@ -289,8 +289,8 @@ class Controller:
         """Let those in as far as there is room; may set others aside for an urgent one."""
         self._ordered, self._granted = [], set()
         running = len(scene.decoding) + len(scene.prefilling) + len(self._returning) - len(gone)
-        if running >= self.machine.max_running:
-            return []
+        if running >= self.machine.max_running and self.spec.streaming != "all":
+            return []  # the authors' plan sets others aside whoever waits
         wanting = self._wanting(scene)
         if self.spec.has("ordering"):
             ordered = rules.by_slack(wanting, self._grants)

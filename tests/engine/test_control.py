@@ -52,9 +52,7 @@ WORKLOAD = asked_of_stock(
     ),
 )
 # In each of two replicas too more than a step looks at.
-CROWD = asked_of_stock(
-    STYLE, mixed_requests(3 * (KEPT + NEXT), seed=13, shortest=8, longest=40, max_new_tokens=4)
-)
+CROWD = mixed_requests(3 * (KEPT + NEXT), seed=13, shortest=8, longest=40, max_new_tokens=4)
 ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident"}
 SCHEMA = json.dumps(
@@ -147,6 +145,11 @@ def with_sampling(server: Client) -> list[Generation]:
     return ask_all(server, Setting("stock", sampled=True), WORKLOAD)
 
 
+@asks_stock(STYLE)
+def crowd(server: Client) -> list[Generation]:
+    return server.generate_batch(CROWD)
+
+
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: setting.name)
 def cell(request: pytest.FixtureRequest) -> Iterator[tuple[Setting, Server]]:
     setting: Setting = request.param
@@ -190,11 +193,11 @@ def test_a_line_longer_than_a_step_looks_at_gets_the_tokens_of_stock_sglang(
     set_internal_state(server, "orbitflow_pause", 0)
     longest = 0
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(server.generate_batch, CROWD, logprobs=False)
+        answer = pool.submit(crowd, server)
         while not answer.done():
             longest = max(longest, *(load["num_waiting_reqs"] for load in server.loads()))
             time.sleep(0.05)
     assert longest > KEPT + NEXT
-    result = compare(stock.answers(STYLE, CROWD), answer.result(), ids_only=True)
+    result = compare(stock.answers(STYLE, crowd), answer.result())
     assert not result.failures, result
     assert_nothing_is_left(server)
