@@ -68,6 +68,7 @@ class SchedulerControl:
         self.attained: Counter[str] = Counter()  # finished requests by what they met
         self.longest_pause_s = 0.0
         self.longest_wait_s = 0.0  # of a newcomer for its first step
+        self.longest_line = 0  # requests waiting at once
         self._lockstep, self._leads = ranks.in_lockstep(), ranks.leads()
         self._scheduler = scheduler
         self._runtime = runtime
@@ -337,6 +338,7 @@ class SchedulerControl:
             "retractions": self.counts["retractions"],
             "longest_pause_s": self.longest_pause_s,
             "longest_wait_s": self.longest_wait_s,
+            "longest_line": self.longest_line,
             "plans": dict(controller.planning.sources),
             "planner": {} if planner is None else dict(planner.counts),
             "plan_solves": {"count": controller.planning.solves, "s": controller.planning.solve_s},
@@ -396,6 +398,7 @@ class SchedulerControl:
             else:
                 view.missing_pages = view.tokens // self._runtime.store.layout.page_size
                 view.missing_pages *= self._runtime.store.layout.layers
+        self.longest_line = max(self.longest_line, len(scheduler.waiting_queue))
         for req in scheduler.waiting_queue:
             view = seen[req.rid] = views.get(req.rid) or self._view(req)
             if view.phase != "waiting":  # retracted

@@ -11,7 +11,6 @@ request that got a neighbour's row would draw at random.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -191,13 +190,9 @@ def test_a_line_longer_than_a_step_looks_at_gets_the_tokens_of_stock_sglang(
     if setting.mixed_steps and not FULL:
         pytest.skip("takes a minute and a half where 6 decode together: in make test-full")
     set_internal_state(server, "orbitflow_pause", 0)
-    longest = 0
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(crowd, server)
-        while not answer.done():
-            longest = max(longest, *(load["num_waiting_reqs"] for load in server.loads()))
-            time.sleep(0.05)
+    found = crowd(server)
+    longest = max(state["control"]["longest_line"] for state in orbitflow_states(server))
     assert longest > KEPT + NEXT
-    result = compare(stock.answers(STYLE, crowd), answer.result())
+    result = compare(stock.answers(STYLE, crowd), found)
     assert not result.failures, result
     assert_nothing_is_left(server)
