@@ -110,6 +110,7 @@ def test_make_serve_serves_until_it_is_interrupted() -> None:
     assert state is not None and state["policy"] == "orbitflow"
 
 
+@in_full_only
 def test_an_engine_built_behind_export_gives_the_tokens_of_stock_sglang(
     stock: Stock, tmp_path: Path
 ) -> None:
