@@ -400,7 +400,7 @@ class SchedulerControl:
                 view.missing_pages *= self._runtime.store.layout.layers
         self.longest_line = max(self.longest_line, len(scheduler.waiting_queue))
         for req in scheduler.waiting_queue:
-            view = seen[req.rid] = views.get(req.rid) or self._view(req)
+            view = seen[req.rid] = self._view(req)
             if view.phase != "waiting":  # retracted
                 view.phase, view.tokens = "waiting", 0
                 view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
