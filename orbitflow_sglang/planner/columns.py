@@ -187,7 +187,8 @@ class _Model:
 
     def excess(self, counts: FloatArray, cyclic: bool) -> FloatArray:
         """By how much the transfers due by each layer exceed what compute hides, ``[layers]``."""
-        due: FloatArray = counts @ self._due - self._hidden(cyclic)
+        # Not by BLAS, whose last digits differ between processors.
+        due: FloatArray = (counts[:, None] * self._due).sum(axis=0) - self._hidden(cyclic)
         return due[-1:] if cyclic else due
 
     def _hidden(self, cyclic: bool) -> FloatArray:

@@ -22,6 +22,7 @@ migration are a fraction.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def choose_paused(
             return None
         point, ended = found
         proven &= ended
-        return float(objective @ point)
+        return math.fsum(objective * point)
 
     objective = model.row(late=1.0)
     if late > 0:
@@ -230,7 +231,7 @@ class _Model:
 
     def paused_without_slo(self, point: FloatArray) -> int:
         """How many requests without an SLO are paused at ``point``."""
-        return round(float(self.row(without_slo=1.0) @ point))
+        return round(math.fsum(self.row(without_slo=1.0) * point))
 
     def paused(self, point: FloatArray) -> BoolArray:
         """Who is paused at ``point``: a prefix as soon as all that use it are."""

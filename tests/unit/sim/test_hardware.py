@@ -20,6 +20,14 @@ def test_every_profile_is_a_machine_that_the_controller_can_plan_for(name: str) 
     assert fitted == pytest.approx(real, rel=0.01)
 
 
+def test_what_is_linear_is_fitted_as_it_is() -> None:
+    linear = hardware._table()["a5000-8b-published"]["linear"]
+    found = find("a5000-8b-published").profile.compute
+    assert found.constant_s * 32 == pytest.approx(linear["constant_s"], rel=1e-9)
+    assert found.per_token_s * 32 == pytest.approx(linear["per_token_s"], rel=1e-9)
+    assert (found.per_request_s, found.r2) == (0, 1)
+
+
 def test_a_decode_step_on_an_a5000() -> None:
     machine = find("a5000-8b")
     # 16 GB of weights and 10,000 tokens of 131,072 bytes at 653 GB/s, and half a millisecond.
