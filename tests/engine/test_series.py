@@ -62,10 +62,14 @@ def finished(server: Server) -> int:
 
 def scrape(server: Server) -> tuple[dict[str, list[Sample]], dict[str, Any]]:
     """``/metrics`` and our section of ``/server_info``, behind the refresh of an idle server."""
-    time.sleep(1.5)
-    (state,) = server.orbitflow()
-    assert state is not None
-    return server.metrics(), state
+    for _ in range(20):
+        time.sleep(1.5)
+        (state,) = server.orbitflow()
+        assert state is not None
+        found = server.metrics()
+        if metric_sum(found, series.PREFIX + "steps_total") == state["steps"]:
+            break
+    return found, state
 
 
 def test_every_series_of_the_table_is_there(server: Server, finished: int) -> None:
