@@ -20,7 +20,7 @@ from orbitflow_sglang.planner.problem_file import problem_as_json
 from orbitflow_sglang.planner.solver import solve
 from orbitflow_sglang.planner.worker import COMMAND, Answer, PlannerWorker
 
-LIMIT_S = 60.0  # of a wait that ends with an error
+LIMIT_S = 300.0  # of a wait that ends with an error; a busy machine is slow
 
 
 @pytest.fixture
