@@ -60,8 +60,9 @@ class Layer:
             for numbers, total in zip(chosen, self._tokens, strict=True)
         ]
         ids = [own[i] for own, numbers in zip(self._pages, chosen, strict=True) for i in numbers]
+        arena = self._arena.view(torch.uint8) if self._arena.itemsize == 1 else self._arena
         return LayerPass(
-            *self._arena, torch.tensor(ids, dtype=torch.int32, device=self._device),
+            *arena, torch.tensor(ids, dtype=torch.int32, device=self._device),
             [len(numbers) for numbers in chosen], tokens, whole,
         )  # fmt: skip
 
@@ -93,12 +94,13 @@ def check_extend(
     for seed in range(3):
         layer = Layer(heads, prefix, page_size, seed, device)
         q = layer.random(sum(new), heads.query, heads.dim).to(heads.q_dtype)
-        k, v = layer.random(2, sum(new), heads.kv, heads.dim).to(heads.kv_dtype)
+        k, v = layer.random(2, sum(new), heads.kv, heads.dim).to(heads.q_dtype)
         wanted, first = [], 0
         for i, count in enumerate(new):
             rows = slice(first, first + count)
             first += count
-            both = [torch.cat(x) for x in zip(layer.kv(i), (k[rows], v[rows]), strict=True)]
+            kept = (x.to(heads.q_dtype) for x in layer.kv(i))
+            both = [torch.cat(x) for x in zip(kept, (k[rows], v[rows]), strict=True)]
             wanted.append(_expected(q[rows], both[0], both[1], prefix[i]))
         for parts in (layer.whole(), layer.parts(3)):
             found = paged.extend(q, k, v, parts, scale)

@@ -57,7 +57,7 @@ class OrbitFlowBackend(AttentionBackend):
         """``q`` is ``[requests, heads * head_dim]``; so is the result."""
         compat.refuse_parts(kwargs)
         if save_kv_cache and k is not None:
-            self._save(*_keys_values(k, v, layer), layer, forward_batch)
+            self._save(*self._stored(k, v, layer), layer, forward_batch)
         return self.decode(_queries(q, layer), layer).flatten(1)
 
     def forward_extend(
@@ -74,10 +74,30 @@ class OrbitFlowBackend(AttentionBackend):
         if layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY:
             raise NotImplementedError(f"{self.name} serves decoder self-attention only")
         compat.refuse_parts(kwargs)
-        k, v = _keys_values(k, v, layer)
+        k, v = self._stored(k, v, layer)
         if save_kv_cache:
             self._save(k, v, layer, forward_batch)
-        return self.extend(_queries(q, layer), k, v, layer).flatten(1)
+        # As it will be read back: chunks of a prompt must not decide who sees KV unrounded.
+        return self.extend(_queries(q, layer), k.to(q.dtype), v.to(q.dtype), layer).flatten(1)
+
+    def scales(self, layer: RadixAttention) -> tuple[float, float]:
+        """What K and V are divided by before they are rounded; SGLang's PyTorch attention too
+        leaves them as they are."""
+        return 1.0, 1.0
+
+    def _stored(
+        self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[tokens, heads * head_dim]`` as ``[tokens, heads, head_dim]`` in the pool's dtype."""
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        dtype = self.token_to_kv_pool.dtype
+        if k.dtype == dtype:
+            return k, v
+        k_scale, v_scale = self.scales(layer)
+        if not k_scale == v_scale == 1.0:
+            k, v = k / k_scale, v / v_scale
+        return k.to(dtype), v.to(dtype)
 
     def _save(
         self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
@@ -88,12 +108,3 @@ class OrbitFlowBackend(AttentionBackend):
 
 def _queries(q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
     return q.contiguous().view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-
-
-def _keys_values(
-    k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
-        v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
-    )

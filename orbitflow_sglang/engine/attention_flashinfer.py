@@ -27,7 +27,7 @@ from orbitflow_sglang.engine.page_rows import MirroredRows
 from orbitflow_sglang.engine.pool import OrbitFlowKVPool
 from orbitflow_sglang.engine.runtime import StepInput, spans
 
-KV_DTYPES = (torch.float16, torch.bfloat16)
+KV_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MOST_THREADS = 1024  # of a block
 WORKSPACE_BYTES = 512 << 20  # what SGLang takes for the models that need most
 
@@ -50,7 +50,7 @@ class OrbitFlowFlashInferBackend(BetweenGraphs):
         heads = _heads(model_runner)
         if heads.kv_dtype not in KV_DTYPES and model_runner.device != "cpu":
             raise ValueError(
-                f"{FLASHINFER} serves KV in 16 bits, this is {heads.kv_dtype}: give --dtype "
+                f"{FLASHINFER} serves KV in 16 or 8 bits, this is {heads.kv_dtype}: give --dtype "
                 "bfloat16 and --kv-cache-dtype bfloat16, or leave --enable-orbitflow out"
             )
         workspace = get_buffer(
@@ -72,13 +72,28 @@ class OrbitFlowFlashInferBackend(BetweenGraphs):
         self._runtime.begin(step)
 
     def decode(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        return self._attention.decode(q, self._runtime.passes(layer.layer_id), layer.scaling)
+        k_scale, v_scale = self.scales(layer)
+        parts = self._runtime.passes(layer.layer_id)
+        return _times(v_scale, self._attention.decode(q, parts, layer.scaling * k_scale))
 
     def extend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
     ) -> torch.Tensor:
+        k_scale, v_scale = self.scales(layer)
         parts = self._runtime.passes(layer.layer_id)
-        return self._attention.extend(q, k, v, parts, layer.scaling)
+        return _times(v_scale, self._attention.extend(q, k, v, parts, layer.scaling * k_scale))
+
+    def scales(self, layer: RadixAttention) -> tuple[float, float]:
+        """A checkpoint's, or those of ``--quantization-param-path``, for KV of 8 bits."""
+        if self.token_to_kv_pool.dtype.itemsize > 1:
+            return 1.0, 1.0
+        k_scale = layer.k_scale_float or layer.k_scale or 1.0
+        v_scale = layer.v_scale_float or layer.v_scale or 1.0
+        return k_scale, v_scale
+
+
+def _times(scale: float, out: torch.Tensor) -> torch.Tensor:
+    return out if scale == 1.0 else out * scale  # mostly 1: a launch less for each layer
 
 
 def _heads(model_runner: Any) -> Heads:

@@ -61,7 +61,7 @@ class OrbitFlowTorchBackend(OrbitFlowBackend):
         for part in self.reader.passes(layer.layer_id):
             for i, (pages, tokens) in enumerate(zip(part.pages, part.tokens, strict=True)):
                 if tokens:
-                    merged.add(i, i + 1, *_gather(part, pages, tokens), layer.scaling)
+                    merged.add(i, i + 1, *self._gather(part, pages, tokens), layer.scaling)
         return self._ended(merged.result())
 
     def extend(
@@ -76,8 +76,16 @@ class OrbitFlowTorchBackend(OrbitFlowBackend):
             rows = zip(starts, ends, part.pages, part.tokens, strict=True)
             for start, end, pages, tokens in rows:
                 if tokens:
-                    merged.add(start, end, *_gather(part, pages, tokens), layer.scaling)
+                    merged.add(start, end, *self._gather(part, pages, tokens), layer.scaling)
         return self._ended(merged.result())
+
+    def _gather(
+        self, part: LayerPass, pages: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one request's pages, ``[tokens, kv_heads, head_dim]``."""
+        dtype = self.token_to_kv_pool.dtype
+        k, v = (x.index_select(0, pages).flatten(0, 1)[:tokens] for x in (part.k, part.v))
+        return k.view(dtype), v.view(dtype)
 
     def _ended(self, out: torch.Tensor) -> torch.Tensor:
         if self._emulated is not None:
@@ -134,7 +142,7 @@ class _Merge:
         if start == end:
             return
         q = self._q[start:end].transpose(0, 1).unsqueeze(0)
-        k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
+        k, v = (x.to(q.dtype).transpose(0, 1).unsqueeze(0) for x in (k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, scale=scale
         )
@@ -159,9 +167,3 @@ def _merge(
     share = torch.exp(lse_a - lse).unsqueeze(-1)
     merged = out_a.float() * share + out_b.float() * (1 - share)
     return merged.to(out_a.dtype), lse
-
-
-def _gather(part: LayerPass, pages: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of one request's pages, ``[tokens, kv_heads, head_dim]``."""
-    k, v = (x.index_select(0, pages).flatten(0, 1)[:tokens] for x in (part.k, part.v))
-    return k, v

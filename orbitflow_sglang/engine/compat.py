@@ -45,6 +45,7 @@ _GROUPS = "ranks of one group would hold KV of different requests under one deci
 _EXPERTS = "experts spread over ranks have not been made to work with it"
 _TIERS = "it moves KV between device and host by itself"
 _UNTESTED = "it changes which KV a step reads or writes, and has not been made to work with it"
+_KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 _PROCESS = "SGLang does not load plugins in the processes that it starts"
 _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("pp_size", (1,), _ONE_RANK),
@@ -71,7 +72,7 @@ _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_page_major_kv_layout", (False,), _BUFFERS),
     ("enable_memory_saver", (False,), "the arena must stay where it is"),
     ("kv_canary", ("none",), _BUFFERS),
-    ("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "quantised KV is not supported yet"),
+    ("kv_cache_dtype", _KV_DTYPES, "its scales lie beside the pages, in blocks"),
     ("radix_cache_backend", (None,), _UNTESTED),
     ("enable_session_radix_cache", (False,), _UNTESTED),
     ("enable_streaming_session", (False,), _UNTESTED),

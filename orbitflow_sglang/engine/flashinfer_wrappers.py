@@ -265,8 +265,9 @@ class PagedAttention:
         """Attention of ``q`` to what lies at ``slots``; with ``lse`` also its LSE."""
         wrapper._paged_kv_indices_buf = slots
         run = wrapper.forward_return_lse if lse else wrapper.forward
-        # As a pool of tokens, [slots, kv_heads, dim].
-        return run(q, (part.k.flatten(0, 1), part.v.flatten(0, 1)), sm_scale=scale)
+        # As a pool of tokens, [slots, kv_heads, dim]; the arena has bytes where KV has 8 bits.
+        kv = tuple(x.flatten(0, 1).view(self._heads.kv_dtype) for x in (part.k, part.v))
+        return run(q, kv, sm_scale=scale)
 
     def _add(self, merged: Any, found: Any) -> Any:
         return found if merged is None else self._merge(*merged, *found)
@@ -296,6 +297,7 @@ def self_test(attention: PagedAttention, heads: Heads, page_size: int) -> None:
     random = torch.Generator().manual_seed(0)
     tokens, pages = [3 * page_size + 1, 1, page_size], [4, 1, 1]
     arena = torch.randn(2, 16, page_size, heads.kv, heads.dim, generator=random)
+    arena = arena.to(heads.kv_dtype).float()
     q = torch.randn(3, heads.query, heads.dim, generator=random)
     expected = _reference(q, arena, pages, tokens)
     q = q.to(device, heads.q_dtype)
@@ -308,7 +310,7 @@ def self_test(attention: PagedAttention, heads: Heads, page_size: int) -> None:
     held = [-(-length // page_size) for length in behind]
     firsts = (torch.tensor([0, *pages[:-1]]).cumsum(0) * page_size).tolist()
     last = torch.tensor([first + length for first, length in zip(firsts, behind, strict=True)])
-    k, v = arena.flatten(1, 2)[:, last].to(device, heads.kv_dtype)
+    k, v = arena.flatten(1, 2)[:, last].to(device, heads.q_dtype)
 
     def runs(
         counts: Sequence[int],

@@ -47,6 +47,8 @@ MODELS = {
 NO_OVERLAP = ("--disable-overlap-schedule",)
 # SGLang gives a rank a NUMA node, and stops where there are too few.
 CORE_A_RANK = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+# With it ``--attention-backend orbitflow_flashinfer`` is served on a CPU.
+FAKE_FLASHINFER = {"PYTHONPATH": str(Path(__file__).parents[1] / "fake_flashinfer")}
 TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": ",".join(POLICIES)}
 
 

@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from servers import (
+    FAKE_FLASHINFER,
     FULL,
     POLICIES,
     TEST_CONTROL,
@@ -32,7 +34,6 @@ from eval.client import Request
 from eval.identity import Comparison, compare
 from eval.server import Server
 
-FAKE = Path(__file__).parents[1] / "fake_flashinfer"
 CHOSEN = POLICIES if FULL else ("all-host", "random:1")
 COMMON = (
     *("--attention-backend", "orbitflow_flashinfer"),
@@ -42,7 +43,7 @@ GRAPHS = (
     *("--cuda-graph-backend-decode", "breakable", "--cuda-graph-bs-decode", "1", "4"),
     *("--decode-log-interval", "1"),
 )
-ENV = {**TEST_CONTROL, "PYTHONPATH": str(FAKE)}
+ENV = {**TEST_CONTROL, **FAKE_FLASHINFER}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,36 @@ def test_a_step_that_was_announced_is_prepared_without_a_look_at_its_batch() -> 
     assert begun == [step, step]
     with pytest.raises(RuntimeError, match="a step of 4 requests, announced with 1"):
         backend.init_forward_metadata_out_graph(SimpleNamespace(batch_size=4, num_padding=0))
+
+
+def test_what_kv_of_8_bits_was_divided_by_is_heeded_when_it_is_read() -> None:
+    import torch
+
+    from orbitflow_sglang.engine.attention_flashinfer import OrbitFlowFlashInferBackend
+
+    backend: Any = object.__new__(OrbitFlowFlashInferBackend)
+    backend._runtime = SimpleNamespace(passes=lambda layer_id: ())
+    backend._attention = SimpleNamespace(
+        decode=lambda q, parts, scale: q * scale,
+        extend=lambda q, k, v, parts, scale: q * scale + v,
+    )
+    layer: Any = SimpleNamespace(
+        layer_id=0, scaling=0.25, tp_k_head_num=1, tp_v_head_num=1, qk_head_dim=2, v_head_dim=2,
+        k_scale=torch.tensor(0.5), k_scale_float=0.5, v_scale=4.0, v_scale_float=None,
+    )  # fmt: skip
+    q, new = torch.ones(1, 1, 2), torch.tensor([[1.0, 2.0]])
+    for dtype, k, v, out in (
+        (torch.float8_e4m3fn, [2.0, 4.0], [0.25, 0.5], [0.125 * 4, 0.125 * 4]),
+        (torch.bfloat16, [1.0, 2.0], [1.0, 2.0], [0.25, 0.25]),
+    ):
+        backend.token_to_kv_pool = SimpleNamespace(dtype=dtype)
+        stored = backend._stored(new, new, layer)
+        assert [x.dtype for x in stored] == [dtype] * 2
+        assert [x.float().tolist() for x in stored] == [[[k]], [[v]]]
+        assert backend.decode(q, layer).tolist() == [[out]]
+        factor = 4.0 if dtype.itemsize == 1 else 1.0
+        read = backend.extend(q, None, stored[1].float(), layer)
+        assert read.tolist() == [[[a + b * factor for a, b in zip(out, v, strict=True)]]]
 
 
 @in_full_only

@@ -67,7 +67,7 @@ REFUSED: dict[str, Any] = dict.fromkeys(SWITCHES, True) | {
     "speculative_algorithm": "EAGLE",
     "disaggregation_mode": "prefill",
     "kv_canary": "log",
-    "kv_cache_dtype": "fp8_e4m3",
+    "kv_cache_dtype": "mxfp8",
     "radix_cache_backend": "other",
     "dllm_algorithm": "LowConfidence",
 }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.unit
 
 FAKE = Path(__file__).parents[1] / "fake_flashinfer"
 HEADS = Heads(query=4, kv=2, dim=8, q_dtype=torch.float32, kv_dtype=torch.float32)
+OF_8_BITS = replace(HEADS, kv_dtype=torch.float8_e4m3fn)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +39,8 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FAKE))
 
 
-def attention(page_size: int, merge: Any = merge_in_torch) -> PagedAttention:
-    return PagedAttention(HEADS, page_size, True, torch.zeros(16, dtype=torch.uint8), merge)
+def attention(page_size: int, merge: Any = merge_in_torch, heads: Heads = HEADS) -> PagedAttention:
+    return PagedAttention(heads, page_size, True, torch.zeros(16, dtype=torch.uint8), merge)
 
 
 def plans(wrappers: InTurn) -> int:
@@ -64,6 +66,13 @@ def test_extend_attends_to_the_prefix_and_causally_to_itself(prefix: list[int]) 
     paged = attention(4)
     check_extend(paged, HEADS, prefix, 4, device="cpu", tolerance=1e-5)
     assert plans(paged._new) == 1 and plans(paged._prefill) == any(prefix)
+
+
+def test_kv_of_8_bits_is_read_as_it_is_stored() -> None:
+    paged = attention(4, heads=OF_8_BITS)
+    self_test(paged, OF_8_BITS, 4)
+    check_decode(paged, OF_8_BITS, DECODE[2], 4, device="cpu", tolerance=1e-5)
+    check_extend(paged, OF_8_BITS, EXTEND[2], 4, device="cpu", tolerance=1e-5)
 
 
 def test_every_part_is_asked_for_also_where_nobody_has_a_prefix() -> None:

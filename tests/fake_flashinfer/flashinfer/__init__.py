@@ -51,12 +51,12 @@ class _Wrapper:
         self.plans = 0
 
     def _plan(self, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, heads: tuple[int, ...],
-              q_dtype: torch.dtype) -> None:  # fmt: skip
+              q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:  # fmt: skip
         assert qo_indptr.dtype == kv_indptr.dtype == torch.int32
         assert len(qo_indptr) == len(kv_indptr) > 1
         self.plans += 1
         self._qo_indptr, self._kv_indptr = qo_indptr.clone(), kv_indptr.clone()
-        self._heads, self._q_dtype = heads, q_dtype
+        self._heads, self._q_dtype, self._kv_dtype = heads, q_dtype, kv_dtype
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
@@ -64,7 +64,8 @@ class _Wrapper:
         """``k`` and ``v``: of all requests, one after another. Out, and LSE to the base 2."""
         query_heads, kv_heads, dim = self._heads
         assert q.shape == (int(self._qo_indptr[-1]), query_heads, dim), q.shape
-        assert q.dtype == self._q_dtype and k.shape[1:] == v.shape[1:] == (kv_heads, dim)
+        assert q.dtype == self._q_dtype and k.dtype == v.dtype == self._kv_dtype
+        assert k.shape[1:] == v.shape[1:] == (kv_heads, dim)
         out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -math.inf)
         rows, tokens = self._qo_indptr.tolist(), self._kv_indptr.tolist()
         for number in range(len(rows) - 1):
@@ -115,7 +116,8 @@ class BatchDecodeWithPagedKVCacheWrapper(_Paged):
         data_type: torch.dtype, q_data_type: torch.dtype, non_blocking: bool,
     ) -> None:  # fmt: skip
         each = torch.arange(len(indptr), dtype=torch.int32)
-        self._plan(each, indptr, (num_qo_heads, num_kv_heads, head_dim), q_data_type)
+        heads = num_qo_heads, num_kv_heads, head_dim
+        self._plan(each, indptr, heads, q_data_type, data_type)
         self._plan_pages(indices, last_page_len, page_size)
 
     def forward(self, q: torch.Tensor, kv_cache: Any, *, sm_scale: float) -> torch.Tensor:
@@ -135,7 +137,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
         non_blocking: bool,
     ) -> None:  # fmt: skip
         heads = num_qo_heads, num_kv_heads, head_dim
-        self._plan(qo_indptr, paged_kv_indptr, heads, q_data_type)
+        self._plan(qo_indptr, paged_kv_indptr, heads, q_data_type, kv_data_type)
         self._plan_pages(indices, last_page_len, page_size)
 
     def forward_return_lse(
@@ -149,7 +151,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
         self, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, num_qo_heads: int,
         num_kv_heads: int, head_dim: int, *, q_data_type: torch.dtype,
     ) -> None:  # fmt: skip
-        self._plan(qo_indptr, kv_indptr, (num_qo_heads, num_kv_heads, head_dim), q_data_type)
+        heads = num_qo_heads, num_kv_heads, head_dim
+        self._plan(qo_indptr, kv_indptr, heads, q_data_type, q_data_type)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, sm_scale: float
