@@ -72,13 +72,13 @@ def test_a_corrupted_page_is_noticed(server: Server, stock: Stock) -> None:
 def test_steps_come_from_graphs_up_to_the_largest_captured(server: Server) -> None:
     """Of one request, of some that are padded to four, and of more than four beside graphs."""
     begun = len(server.log.read_text("utf-8"))
-    for together in (1, 3, 6):
-        wanted = [Request(f"{together}-{i}", tuple(range(40, 60)), 40) for i in range(together)]
+    for together in (1, 3, 6):  # long enough to decode together though they do not arrive so
+        wanted = [Request(f"{together}-{i}", tuple(range(40, 60)), 240) for i in range(together)]
         server.generate_many(wanted, together)
     text = server.log.read_text("utf-8")[begun:]
     steps = re.findall(r"Decode batch, #running-req: (\d+).*cpu graph: (\w+)", text)
     drawn = {int(size): graph for size, graph in steps}
-    assert {1, 3, 6} <= drawn.keys(), drawn
+    assert 1 in drawn and drawn.keys() & {2, 3} and max(drawn) > 4, drawn
     assert drawn == {size: str(size <= 4) for size in drawn}
 
 
