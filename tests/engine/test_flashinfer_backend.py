@@ -118,6 +118,7 @@ def test_what_kv_of_8_bits_was_divided_by_is_heeded_when_it_is_read() -> None:
     layer: Any = SimpleNamespace(
         layer_id=0, scaling=0.25, tp_k_head_num=1, tp_v_head_num=1, qk_head_dim=2, v_head_dim=2,
         k_scale=torch.tensor(0.5), k_scale_float=0.5, v_scale=4.0, v_scale_float=None,
+        tp_q_head_num=1, is_cross_attention=False, attn_type="decoder",
     )  # fmt: skip
     q, new = torch.ones(1, 1, 2), torch.tensor([[1.0, 2.0]])
     for dtype, k, v, out in (
@@ -132,6 +133,11 @@ def test_what_kv_of_8_bits_was_divided_by_is_heeded_when_it_is_read() -> None:
         factor = 4.0 if dtype.itemsize == 1 else 1.0
         read = backend.extend(q, None, stored[1].float(), layer)
         assert read.tolist() == [[[a + b * factor for a, b in zip(out, v, strict=True)]]]
+    # New tokens attend to what will be read back: 1.1 / 4, in 8 bits 0.28125, times 4.
+    backend.token_to_kv_pool = SimpleNamespace(dtype=torch.float8_e4m3fn)
+    new = torch.full((1, 2), 1.1)
+    seen = backend.forward_extend(q.flatten(1), new, new, layer, None, save_kv_cache=False)
+    assert seen.tolist() == [[0.125 * 4 + 1.125] * 2]
 
 
 @in_full_only
