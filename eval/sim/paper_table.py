@@ -29,7 +29,8 @@ ABLATION = (  # Fig. 14a: TBT attainment at SLO scale 1, percent
     ("and pauses", 71.0, THEIRS, TBT),
     ("and token deposit", 85.6, THEIRS, DEPOSITED),
 )
-PLANNER_REQUESTS, PLANNER_LAYERS = 8, 32  # of the planner's benchmark, nearest to the setting
+# Of the planner's benchmark, nearest to the setting: requests, layers, who decodes left to it.
+PLANNER_CASE = (8, 32, "alone")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _of(metric: str) -> Callable[[Methods, str], Sequence[float]]:
 def _against(
     metric: str, others: Sequence[str], baseline_metric: str | None = None
 ) -> Callable[[Methods, str], Sequence[float]]:
-    """Relative to each of ``others``, as a gain; nothing where one of both is missing or 0."""
+    """Relative to each of ``others``, as a gain; nothing where there is no run, or 0."""
 
     def gains(methods: Methods, name: str) -> Sequence[float]:
         ours = mean(methods[name], metric)
@@ -185,14 +186,11 @@ def ablation(cells: Cells) -> list[str]:
 
 
 def plan_seconds(path: Path) -> float:
-    """The median plan of the planner's benchmark that is nearest to the paper's setting, with who
-    decodes left to it; NaN where it is not there."""
+    """Of the median plan of ``PLANNER_CASE``; NaN where it is not there."""
     if not path.exists():
         return math.nan
     for row in json.loads(path.read_text(encoding="utf-8"))["speed"]:
-        if (row["units"], row["layers"], row["use"]) == (
-            PLANNER_REQUESTS, PLANNER_LAYERS, "alone",
-        ):  # fmt: skip
+        if (row["units"], row["layers"], row["use"]) == PLANNER_CASE:
             return float(row["solve_p50_ms"]) / 1e3
     return math.nan
 
