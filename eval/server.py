@@ -9,18 +9,21 @@ process ends in whatever way, so that a killed test run leaves no orphan.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import requests
 
 from eval.client import Client
@@ -189,6 +192,17 @@ class Server(Client):
         process.stdin.close()  # supervise.py takes this as the order to end
         process.wait(timeout=self._grace_s + 30)
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Stops its processes meanwhile: those of an idle server take a core otherwise."""
+        assert self._process is not None
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        _signal(processes, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal(processes, signal.SIGCONT)
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -200,3 +214,9 @@ class Server(Client):
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

@@ -1,12 +1,17 @@
 """``make bench-overhead``: what OrbitFlow costs while memory is not under pressure.
 
 Decode throughput of a server with OrbitFlow and its controller, which has nothing to decide,
-against stock SGLang with the same attention backend, page size and capacity. One server is
-alive at a time. A pair is one server of each kind in random order; its ratio compares the
-medians of their repetitions. The result is the median ratio of the pairs with the least and
-the most. With --gpu a model of 8B shape on an NVIDIA GPU, where stock SGLang has full CUDA graphs
-and the overlap scheduler (``stock``) or neither (``stock-eager``), and OrbitFlow graphs in pieces
-with the overlap scheduler (``orbitflow-overlapped``) or without (``orbitflow-graphs``), or neither.
+against stock SGLang with the same attention backend, page size and capacity. A pair is one server
+of each kind, started in random order. They decode the same batches by turns, the other one's
+processes stopped, so that a machine that slows down slows both; its ratio is the median over these
+batches. The result is the median ratio of the pairs with the least and the most: a process may be
+10 % faster than another of the same program for as long as both live.
+
+With --gpu a model of 8B shape on an NVIDIA GPU, where stock SGLang has full CUDA graphs and the
+overlap scheduler (``stock``) or neither (``stock-eager``), and OrbitFlow graphs in pieces with the
+overlap scheduler (``orbitflow-overlapped``) or without (``orbitflow-graphs``), or neither. There
+one server is alive at a time, as each takes the memory.
+
 With --waiting N, what it costs that N requests wait for a place meanwhile.
 """
 
@@ -20,9 +25,10 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +85,17 @@ def main(argv: Sequence[str]) -> int:
     runs: list[Run] = []
     failed = []
     for pair, order in enumerate(orders(kinds, options.pairs, options.seed), start=1):
-        for kind in order:
+        for together in [[kind] for kind in order] if options.gpu else [order]:
+            servers = {kind: starts[kind] for kind in together}
             try:
-                runs.append(
-                    measure(starts[kind], pair, kind, batch, options.repetitions, options.waiting)
-                )
+                runs += measure(servers, pair, batch, options.repetitions, options.waiting)
             except ServerFailed as error:
-                failed.append(f"pair {pair} {kind}: {error}")
+                failed.append(f"pair {pair} {' and '.join(together)}: {error}")
                 print(failed[-1], file=sys.stderr, flush=True)
                 continue
-            rates = " ".join(f"{rate:7.1f}" for rate in runs[-1].tokens_per_s)
-            print(f"pair {pair}  {kind:<16}  {rates}  tokens/s", flush=True)
+            for run in runs[-len(together) :]:
+                rates = " ".join(f"{rate:7.1f}" for rate in run.tokens_per_s)
+                print(f"pair {pair}  {run.kind:<16}  {rates}  tokens/s", flush=True)
             # Each time: on a machine that is lent, what is not written yet may be lost.
             write_result(options.output, argv, about | _result(runs, kinds) | {"failed": failed})
     print()
@@ -158,7 +164,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run: 1 pair, 2 repetitions")
     parser.add_argument("--gpu", action="store_true", help="8B shape on an NVIDIA GPU, no --layers")
-    parser.add_argument("--pairs", type=int, help="(3)")
+    parser.add_argument("--pairs", type=int, help="(5; on a GPU 3)")
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="beside stock (all there are)")
     parser.add_argument("--repetitions", type=int, help="measured, for each server (5)")
     parser.add_argument("--layers", type=int, default=12, help="(%(default)s)")
@@ -172,7 +178,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.gpu:
         needs_gpu(parser)
-    options.pairs = options.pairs or (1 if options.quick else 3)
+    options.pairs = options.pairs or (1 if options.quick else 3 if options.gpu else 5)
     options.repetitions = options.repetitions or (2 if options.quick else 5)
     known = GPU_KINDS if options.gpu else KINDS
     if unknown := set(options.kinds or ()) - known.keys():
@@ -230,30 +236,42 @@ class Crowd:
 
 
 def measure(
-    start: Callable[[], Server],
-    pair: int,
-    kind: str,
-    batch: Batch,
-    repetitions: int,
-    waiting: int = 0,
-) -> Run:
-    """Starts a server; the first batch warms it up. All kinds get the same prompts."""
-    rates = []
-    with start() as server:
+    starts: Starts, pair: int, batch: Batch, repetitions: int, waiting: int = 0
+) -> list[Run]:
+    """Starts a server of each kind, which take turns; the first batch of each warms it up."""
+    rates: dict[str, list[float]] = {kind: [] for kind in starts}
+    with contextlib.ExitStack() as alive:
+        servers: dict[str, Server] = {}
+        for kind, start in starts.items():
+            with suspended(servers.values()):
+                servers[kind] = alive.enter_context(start())
         for repetition in range(repetitions + 1):
-            seed = 1000 * pair + repetition
-            crowd = Crowd(server, waiting, batch)
-            rates.append(batch.measure(server, seed, crowd, crowd.since_s).tokens_per_s)
-    return Run(pair, kind, tuple(rates[1:]))
+            for kind in sorted(servers, reverse=repetition % 2 == 1):
+                server = servers[kind]
+                crowd = Crowd(server, waiting, batch)
+                with suspended(one for one in servers.values() if one is not server):
+                    seed = 1000 * pair + repetition
+                    window = batch.measure(server, seed, crowd, crowd.since_s)
+                rates[kind].append(window.tokens_per_s)
+    return [Run(pair, kind, tuple(found[1:])) for kind, found in rates.items()]
+
+
+@contextlib.contextmanager
+def suspended(servers: Iterable[Server]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.enter_context(server.suspended())
+        yield
 
 
 def ratios(runs: Sequence[Run], kind: str) -> list[float]:
-    """For each pair that has both, the throughput of that kind as a share of stock's."""
-    medians: dict[tuple[int, str], float] = {
-        (run.pair, run.kind): statistics.median(run.tokens_per_s) for run in runs
-    }
-    pairs = sorted(pair for pair, one in medians if one == kind and (pair, "stock") in medians)
-    return [medians[pair, kind] / medians[pair, "stock"] for pair in pairs]
+    """For each pair that has both, the throughput of that kind as a share of stock's: the median
+    over the batches."""
+    found = {(run.pair, run.kind): run.tokens_per_s for run in runs}
+    pairs = sorted(pair for pair, one in found if one == kind and (pair, "stock") in found)
+    return [
+        statistics.median(map(truediv, found[pair, kind], found[pair, "stock"])) for pair in pairs
+    ]
 
 
 def _rounded(run: Run) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class SchedulerControl:
         on_device = runtime.store.arena.k.device.type != "cpu"
         self._runs_ahead = on_device and scheduler.enable_overlap  # of the steps that it launches
         self._held: dict[str, Req] = {}  # with KV, as last observed
+        self._line: list[Req] = []  # that wait, as last observed
+        self._waiting: dict[str, RequestView] = {}  # of those
         self._looked_up = 0  # prefixes of waiting requests
         self._grouped: list[tuple[str, bytes]] | None = None  # prompts looked at for shared pages
         self._shared: list[UnitView] = []
@@ -398,12 +400,11 @@ class SchedulerControl:
             else:
                 view.missing_pages = view.tokens // self._runtime.store.layout.page_size
                 view.missing_pages *= self._runtime.store.layout.layers
-        self.longest_line = max(self.longest_line, len(scheduler.waiting_queue))
-        for req in scheduler.waiting_queue:
-            view = seen[req.rid] = self._view(req)
-            if view.phase != "waiting":  # retracted
-                view.phase, view.tokens = "waiting", 0
-                view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        if scheduler.waiting_queue != self._line:  # by identity: 1,000 take a few microseconds
+            self._line = list(scheduler.waiting_queue)
+            self._waiting = {req.rid: self._in_line(req) for req in self._line}
+            self.longest_line = max(self.longest_line, len(self._line))
+        seen.update(self._waiting)
         self._look_up_a_prefix(scheduler.waiting_queue)
         if len(seen) != len(views):
             for rid in views.keys() - seen.keys():
@@ -418,6 +419,13 @@ class SchedulerControl:
             req = waiting[self._looked_up % len(waiting)]
             found = cached_prefix(self._scheduler.tree_cache, req, self._held.values())
             self.views[req.rid].cached_tokens, self.views[req.rid].shared_tokens = found
+
+    def _in_line(self, req: Req) -> RequestView:
+        view = self._view(req)
+        if view.phase != "waiting":  # retracted
+            view.phase, view.tokens = "waiting", 0
+            view.prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        return view
 
     def _view(self, req: Req) -> RequestView:
         view = self.views.get(req.rid)

@@ -25,6 +25,18 @@ subprocess.run(["sh", "-c", f"setsid sleep 300 {sys.argv[1]} & true"], check=Tru
 print("up", flush=True)
 time.sleep(300)
 """
+# A server as far as its health goes, with a child.
+HEALTHY = """
+import http.server, subprocess, sys
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+subprocess.Popen(["sleep", "300", sys.argv[1]])
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Healthy).serve_forever()
+"""
 # A shell starts background jobs with SIGINT ignored, which children would inherit.
 OWNER = """
 import signal, subprocess, sys, time
@@ -109,3 +121,20 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path) -> None
         with pytest.raises(ServerFailed, match="cannot be used"):
             server.start()
     assert not server.log.exists()
+
+
+def test_a_suspended_server_stands_still_with_all_its_processes(tmp_path: Path, mark: str) -> None:
+    with Server([mark], command=("-c", HEALTHY), log=tmp_path / "log") as server:
+        wait_for_stopped(mark, 0)
+        with server.suspended():
+            wait_for_stopped(mark, 2)  # all but the supervisor
+        wait_for_stopped(mark, 0)
+        assert server.healthy()
+
+
+def wait_for_stopped(mark: str, count: int, timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while (states := [one.status() for one in alive(mark)]).count(psutil.STATUS_STOPPED) != count:
+        assert time.monotonic() < deadline, states
+        time.sleep(0.05)
+    assert len(states) == 3
