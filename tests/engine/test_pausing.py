@@ -1,4 +1,4 @@
-"""Who may be paused, and what becomes of the room that a paused request leaves.
+"""Who may be paused, what becomes of the room that a paused request leaves, and who waits.
 
 In this process, on stand-ins for SGLang's objects; real servers do the same in test_control.py,
 test_storms.py and test_faults.py.
@@ -73,10 +73,51 @@ def test_a_request_has_waited_since_it_came_to_the_server(
     control = object.__new__(engine["control"].SchedulerControl)
     control.targets = SimpleNamespace(of=lambda tokens: SLO(ttft_s=1.0))
     control._scheduler = SimpleNamespace(enable_overlap=False)
-    times = SimpleNamespace(created_time=at_the_door, wait_queue_entry_time=5.0)
-    req = request(rid="one", origin_input_ids=[1, 2], time_stats=times)
-    vars(req.sampling_params).update(custom_params=None, max_new_tokens=4)
+    req = waiting("one")
+    req.time_stats = SimpleNamespace(created_time=at_the_door, wait_queue_entry_time=5.0)
     assert control._new_view(req).arrival_s == came
+
+
+def test_a_line_is_looked_through_again_whenever_it_is_another_one(
+    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, ended = engine["control"], []
+    monkeypatch.setattr(module, "cached_prefix", lambda *_: (0, 0))
+    control = object.__new__(module.SchedulerControl)
+    control.targets = SimpleNamespace(of=lambda tokens: SLO(ttft_s=1.0))
+    control.controller = SimpleNamespace(finished=lambda view, _: ended.append(view.rid))
+    control.views, control.paused, control._line, control._waiting = {}, {}, [], {}
+    control.longest_line = control._looked_up = 0
+    scheduler = SimpleNamespace(
+        enable_overlap=False, chunked_req=None, tree_cache=None, waiting_queue=[]
+    )
+    control._scheduler = scheduler
+
+    def observed(running: list[SimpleNamespace], line: list[SimpleNamespace]) -> list[tuple]:
+        scheduler.waiting_queue = line
+        views = control._observe(SimpleNamespace(reqs=running), None).requests
+        return [(view.rid, view.phase, view.tokens, view.prompt_tokens) for view in views]
+
+    one, two, three = map(waiting, ("one", "two", "three"))
+    assert observed([], [one, two]) == [("one", "waiting", 0, 2), ("two", "waiting", 0, 2)]
+    one.kv.holds_kv, one.kv.kv_allocated_len = True, 5
+    assert observed([one], [two]) == [("one", "decode", 5, 2), ("two", "waiting", 0, 2)]
+    assert observed([one], [three]) == [("one", "decode", 5, 2), ("three", "waiting", 0, 2)]
+    one.kv.holds_kv, one.output_ids = False, [7, 8, 9]  # retracted
+    assert observed([], [three, one]) == [("three", "waiting", 0, 2), ("one", "waiting", 0, 5)]
+    assert observed([], [three, one]) == [("three", "waiting", 0, 2), ("one", "waiting", 0, 5)]
+    assert observed([], []) == []
+    assert (ended[0], sorted(ended), control.longest_line) == ("two", ["one", "three", "two"], 2)
+
+
+def waiting(rid: str) -> SimpleNamespace:
+    times = SimpleNamespace(created_time=1.0, wait_queue_entry_time=1.0)
+    kv = SimpleNamespace(holds_kv=False, kv_allocated_len=0)
+    req = request(
+        rid=rid, origin_input_ids=[1, 2], output_ids=[], time_stats=times, kv=kv, cached_tokens=0
+    )
+    vars(req.sampling_params).update(custom_params=None, max_new_tokens=4)
+    return req
 
 
 @pytest.mark.parametrize("finishing", [[], ["somebody"]])
