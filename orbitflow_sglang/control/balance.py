@@ -34,29 +34,39 @@ class Balance:
         self._output += share * (view.generated - self._output)
 
     def weigh(self, scene: Scene, admission: bool) -> None:
-        """mu = decode seconds / prefill seconds at the memory limit; and with ``admission`` how
-        many, in requests and in pages, keep their pace beside the prompts of those that take
-        their places."""
+        """The strictest pace to keep; mu = decode seconds / prefill seconds at the memory limit;
+        and with ``admission`` how many, in requests and in pages, keep that pace beside the
+        prompts of those that take their places."""
+        if self._ended:
+            # Who ended may have said less than those that decode have said by now.
+            said = sum(view.generated for view in scene.decoding) / max(1, len(scene.decoding))
+            scene.output = max(1.0, self._output, said)
+        held = self._prompt + self._output / 2
+        alone = self._costs.compute_s(1, round(held))
+        served = [*scene.decoding, *scene.prefilling, *scene.waiting]
+        scene.pace_s = _strictest((view for view in served if not lost(view, scene)), alone)
         if not self._ended:
             return
-        # Who ended may have said less than those that decode have said by now.
-        said = sum(view.generated for view in scene.decoding) / max(1, len(scene.decoding))
-        scene.output = output = max(1.0, self._output, said)
         size, layers = self._machine.page_size, self._machine.layers
-        held = self._prompt + self._output / 2
         together = max(1.0, self._machine.main_pages / layers * size / held)
         step = self._costs.compute_s(round(together), round(together * held))
         prefill = self._costs.prefill_s(round(self._prompt - self._cached), round(self._cached))
-        scene.mu = output * step / max(1e-9, prefill * together)
+        scene.mu = scene.output * step / max(1e-9, prefill * together)
         if not admission:
             return
-        alone = self._costs.compute_s(1, round(held))
         another = (step - alone) / max(1.0, together - 1)
-        served = [*scene.decoding, *scene.prefilling, *scene.waiting]
-        pace = _strictest((view for view in served if not lost(view, scene)), alone)
         waiting = len(scene.waiting) + len(scene.prefilling)
-        scene.most = rules.sustained(pace, alone, another, prefill / output, waiting)
+        a_token = prefill / scene.output
+        scene.most = rules.sustained(scene.pace_s, alone, another, a_token, waiting)
         scene.sustained = scene.most * held / size * layers
+
+    def pages_in_pace(self, scene: Scene) -> float:
+        """Pages that a step may stream and leave the strictest pace time for prompts."""
+        batch, pages = max(1, len(scene.decoding)), self._machine.main_pages
+        full = pages // self._machine.layers * self._machine.page_size
+        full_s = self._costs.compute_s(batch, full)
+        page_s = (full_s - self._costs.compute_s(batch, 0)) / pages
+        return rules.pages_in_pace(scene.pace_s, full_s, page_s)
 
 
 def _strictest(views: Iterable[RequestView], alone_s: float) -> float:

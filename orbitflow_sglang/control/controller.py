@@ -165,7 +165,9 @@ class Controller:
         aside = spec.has("stand-aside") and rules.stands_aside(rho, scene.mu)[0]
         if spec.streaming == "hidden":
             scene.budget_pages = min(
-                rules.streaming_budget(scene.hidden_pages, aside=aside),
+                rules.streaming_budget(
+                    scene.hidden_pages, self._balance.pages_in_pace(scene), aside=aside
+                ),
                 max(0, machine.host_pages - self._held(scene)),
             )
         self.budget_pages = scene.budget_pages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from orbitflow_sglang.control import rules
@@ -72,29 +72,31 @@ class Prompts:
             return None, True
         if not scene.decoding:
             return None, True
-        if scene.mu < rules.PROMPTS_MU and not self._some_on_time(scene, granted):
-            chunk = self._for_the_late(scene)
+        started = [*scene.prefilling, *(v for v in scene.waiting if v.rid in granted)]
+        token_s = self._token_s(started)
+        if scene.mu < rules.PROMPTS_MU and all(self.slack_s(v, scene) < 0 for v in started):
+            chunk = self._for_the_late(scene, token_s)
         else:
-            chunk = self._for_the_punctual(scene)
+            chunk = self._for_the_punctual(scene, token_s)
         return chunk.tokens, self._since_chunk >= chunk.every
 
-    def _some_on_time(self, scene: Scene, granted: Collection[str]) -> bool:
-        """Whether a prompt that is computed, or may be, can still be in time."""
-        started = [view for view in scene.waiting if view.rid in granted]
-        return any(self.slack_s(view, scene) >= 0 for view in [*scene.prefilling, *started])
+    def _token_s(self, started: Sequence[RequestView]) -> float:
+        """Of a prompt token, behind the longest context that one is computed behind."""
+        tokens = self._machine.max_chunk_tokens
+        there = max((max(view.tokens, view.cached_tokens) for view in started), default=0)
+        return self._costs.prefill_s(tokens, there) / tokens
 
-    def _for_the_punctual(self, scene: Scene) -> Chunk:
+    def _for_the_punctual(self, scene: Scene, token_s: float) -> Chunk:
         machine = self._machine
         gaps = [self._gap_s(view, scene) for view in scene.decoding]
-        token_s = self._token_s
-        least_s = max(machine.page_size, rules.MIN_CHUNK_TOKENS) * token_s
-        late = sum(gap < least_s + scene.step_s for gap in gaps)
+        least = self._least_chunk(token_s)
+        late = sum(gap < least * token_s + scene.step_s for gap in gaps)
         return rules.chunk(
-            min(gaps), scene.step_s, token_s, machine.page_size, machine.max_chunk_tokens, late,
-            len(scene.waiting) + len(scene.prefilling),
+            min(gaps), scene.step_s, token_s, machine.page_size, least, machine.max_chunk_tokens,
+            late, len(scene.waiting) + len(scene.prefilling),
         )  # fmt: skip
 
-    def _for_the_late(self, scene: Scene) -> Chunk:
+    def _for_the_late(self, scene: Scene, token_s: float) -> Chunk:
         machine = self._machine
         spare, gap = math.inf, math.inf
         for view in scene.decoding:
@@ -104,15 +106,20 @@ class Prompts:
             ahead = view.deposit_s(scene.now)
             spare = min(spare, pace - scene.step_s + ahead / rules.RECOVERY_TOKENS)
             gap = min(gap, self._longest_s(view, scene) - scene.step_s)
-        floor = self._costs.compute_s(1, 0)
         return rules.sustained_chunk(
-            spare, gap, floor, self._token_s, machine.page_size, machine.max_chunk_tokens
-        )
+            spare, gap, self._floor_s, token_s, machine.page_size, self._least_chunk(token_s),
+            machine.max_chunk_tokens,
+        )  # fmt: skip
 
     @property
-    def _token_s(self) -> float:
-        tokens = self._machine.max_chunk_tokens
-        return self._costs.prefill_s(tokens, 0) / tokens
+    def _floor_s(self) -> float:
+        return self._costs.compute_s(1, 0)
+
+    def _least_chunk(self, token_s: float) -> int:
+        machine = self._machine
+        return rules.least_chunk(
+            self._floor_s, token_s, machine.page_size, machine.max_chunk_tokens
+        )
 
     def _gap_s(self, view: RequestView, scene: Scene) -> float:
         """Time that a chunk may take from ``view``; infinite where it has no target to lose.

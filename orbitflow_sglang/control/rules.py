@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 HIDDEN_SHARE = 0.9  # of h: beyond 1.2 h everybody slows down
+PACE_SHARE = 0.6  # of the strictest pace, that steps may take that stream; prompts need the rest
 LEAST_RHO = 0.03  # below, streaming admits nobody worth its trouble
 LEAST_MU = 1.0  # below, prefill is the bottleneck and memory is not
 URGENT_STEPS = 6  # so many steps before a deadline a request is urgent
@@ -31,12 +32,23 @@ RECOVERY_TOKENS = 64  # within so many a request may make up for a chunk, where 
 # --- streaming ------------------------------------------------------------------
 
 
-def streaming_budget(hidden_pages: float, *, aside: bool = False) -> int:
-    """Pages that a step streams so that more requests decode: what compute hides, never more.
+def streaming_budget(hidden_pages: float, in_pace: float = math.inf, *, aside: bool = False) -> int:
+    """Pages that a step streams so that more requests decode: what compute hides, never more,
+    and only as many as leave those that decode their pace.
 
     An SLO with time to spare buys nothing here: a longer step slows down all that decode.
     """
-    return 0 if aside else int(HIDDEN_SHARE * hidden_pages)
+    return 0 if aside else int(min(HIDDEN_SHARE * hidden_pages, in_pace))
+
+
+def pages_in_pace(pace_s: float, full_s: float, page_s: float) -> float:
+    """Pages that a step may stream and leave the strictest pace, ``pace_s``, time for prompts.
+
+    ``full_s`` is the compute of a step with the arena full, ``page_s`` what a page adds to it.
+    The GPU's memory sees a streamed page twice: written, and read.
+    """
+    spare_s = max(0.0, PACE_SHARE * pace_s - full_s)
+    return spare_s / (2 * page_s) if page_s > 0 else math.inf
 
 
 def stands_aside(rho: float, mu: float) -> tuple[bool, bool]:
@@ -219,42 +231,52 @@ class Chunk(NamedTuple):
     every: int
 
 
+def least_chunk(floor_s: float, token_s: float, page_size: int, max_tokens: int) -> int:
+    """Tokens of the smallest chunk worth a forward pass, which takes ``floor_s`` at least."""
+    worth = CHUNK_FLOORS * floor_s / token_s if token_s > 0 else 0.0
+    least = max(MIN_CHUNK_TOKENS, math.ceil(worth))
+    return min(max_tokens, -(-least // page_size) * page_size)
+
+
 def chunk(
     gap_s: float,
     step_s: float,
     token_s: float,
     page_size: int,
+    least: int,
     max_tokens: int,
     made_late: int,
     waiting: int,
 ) -> Chunk:
     """The largest chunk that fits the tightest gap left to those decoding.
 
-    Behind the chunk comes a decode step, which has to fit as well. Where even the smallest
-    does not, one smallest chunk every few steps: the more requests it makes late
-    (``made_late``) for each that waits (``waiting``), the more.
+    Behind the chunk comes a decode step, which has to fit as well. Where not even the ``least``
+    does, one such chunk every few steps: the more requests it makes late (``made_late``) for
+    each that waits (``waiting``), the more.
     """
-    least = -(-max(page_size, MIN_CHUNK_TOKENS) // page_size) * page_size
     if math.isinf(gap_s):
         return Chunk(max_tokens, 1)
     fitting = int((CHUNK_SHARE * gap_s - step_s) / token_s) if token_s > 0 else max_tokens
     if fitting >= least:
         return Chunk(max(least, min(max_tokens, fitting // page_size * page_size)), 1)
     every = round(1 + made_late / max(1, waiting))
-    return Chunk(min(least, max_tokens), max(1, min(MAX_STEPS_BETWEEN_CHUNKS, every)))
+    return Chunk(least, max(1, min(MAX_STEPS_BETWEEN_CHUNKS, every)))
 
 
 def sustained_chunk(
-    spare_s: float, gap_s: float, floor_s: float, token_s: float, page_size: int, max_tokens: int
+    spare_s: float,
+    gap_s: float,
+    floor_s: float,
+    token_s: float,
+    page_size: int,
+    least: int,
+    max_tokens: int,
 ) -> Chunk:
     """A chunk of prompts that are late anyway: those decoding stay on time for good.
 
-    ``spare_s`` is what they can give away at every step, ``gap_s`` at once. A forward pass
-    takes ``floor_s`` at least, so small chunks are not worth it: rather a larger one less often.
+    ``spare_s`` is what they can give away at every step, ``gap_s`` at once. Rather ``least``
+    tokens less often than fewer: a forward pass takes ``floor_s`` at least.
     """
-    worth = CHUNK_FLOORS * floor_s / token_s if token_s > 0 else 0.0
-    least = max(page_size, MIN_CHUNK_TOKENS, worth)
-    least = min(max_tokens, int(-(-least // page_size)) * page_size)
     now_s = min(spare_s, gap_s)
     if math.isinf(now_s):
         return Chunk(max_tokens, 1)

@@ -26,6 +26,7 @@ class Scene:
     room: float = 0.0  # pages that may be in use together, tails included
     used: int = 0  # by those decoding, prefilling or coming back
     read: int = 0  # by a step of these: what several share once for each
+    pace_s: float = math.inf  # the strictest that can be kept
     mu: float = math.inf
     output: float = math.inf  # tokens of an answer, by those that ended and those that decode
     most: float = math.inf  # requests decoding, beyond which prompts cost them their pace

@@ -18,6 +18,7 @@ from orbitflow_sglang.control.view import (
     NOTHING,
     Machine,
     Observation,
+    Phase,
     RequestView,
     StepDecision,
 )
@@ -395,10 +396,39 @@ def test_a_long_prompt_takes_turns_with_a_strict_stream() -> None:
     assert any(deferring) and max(chunks) < MACHINE.max_chunk_tokens, chunks
 
 
+class DeepCosts(ConstantCosts):
+    """Prompt tokens take twice as long behind 200 others."""
+
+    def prefill_s(self, tokens: int, context_tokens: int) -> float:
+        return super().prefill_s(tokens, context_tokens) * (1 + context_tokens / 200)
+
+
+@pytest.mark.parametrize(
+    ("there", "cached", "phase", "tokens"),
+    [  # 0.95 x 81 ms less a step of 11.2 ms are 65 ms.
+        (0, 0, "waiting", 128),  # at 0.5 ms a token
+        (200, 0, "prefill", 64),  # at 1 ms
+        (0, 200, "waiting", 64),
+        (100, 0, "prefill", 80),  # at 0.75 ms
+    ],
+)
+def test_a_chunk_behind_a_long_context_is_smaller(
+    there: int, cached: int, phase: Phase, tokens: int
+) -> None:
+    costs = DeepCosts(prefill_token_s=5e-4)
+    controller = Controller(find_policy("orbitflow"), MACHINE, costs, None)
+    busy = RequestView("busy", 1.0, SLO(tpot_s=0.04, tbt_s=0.081), 128, 40, phase="decode",
+                       tokens=129)  # fmt: skip
+    busy.times.add(1.1, 1)
+    prompt = RequestView("prompt", 1.0, SLO(), 900, 40, phase=phase, tokens=there,
+                         cached_tokens=cached)  # fmt: skip
+    assert controller.decide(Observation(1.1, [busy, prompt], list)).chunk_tokens == tokens
+
+
 def test_chunks_leave_room_for_steps_as_they_go_and_streaming_is_what_compute_hides() -> None:
     def chunk_and_budget(slowdown: float) -> tuple[int, int]:
-        jobs = [Job(32, 40, slo=SLO(tpot_s=0.03, tbt_s=0.05)), Job(900, 4, arrival_s=0.1)]
-        costs = ConstantCosts(prefill_token_s=1e-4, slowdown=slowdown)
+        jobs = [Job(32, 40, slo=SLO(tpot_s=0.03, tbt_s=0.1)), Job(900, 4, arrival_s=0.1)]
+        costs = ConstantCosts(prefill_token_s=2e-4, slowdown=slowdown)
         engine = FakeEngine("orbitflow", jobs, costs=costs)
         assert_all_served(engine, 2)
         sizes = [d.chunk_tokens for d in engine.decisions if d.chunk_tokens is not None]
@@ -407,3 +437,27 @@ def test_chunks_leave_room_for_steps_as_they_go_and_streaming_is_what_compute_hi
     (wide, budget), (narrow, budget_then) = chunk_and_budget(1.0), chunk_and_budget(2.0)
     assert narrow < wide
     assert budget_then == budget > 0
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "pages"),
+    [
+        (None, 63),  # 0.9 of what a step of 14.2 ms hides, at 0.2 ms a page
+        (0.09, 63),
+        # Three of a full arena take 14.02 ms, 4 us a page: 0.6 x 23.5 ms are 76 us more.
+        (0.0235, 9),
+        (0.02, 0),
+        (0.005, 63),  # nobody could keep it, so nobody has to wait for it
+    ],
+)
+def test_streaming_leaves_the_strictest_pace_that_can_be_kept(
+    tpot_s: float | None, pages: int
+) -> None:
+    controller = Controller(find_policy("orbitflow"), MACHINE, ConstantCosts(), None)
+    strictest = [SLO(tpot_s=tpot_s), SLO(tpot_s=0.09), SLO()]
+    views = [RequestView(f"r{number}", 1.0, slo, 400, 99) for number, slo in enumerate(strictest)]
+    for view in views:
+        view.phase, view.tokens = "decode", 400
+        view.times.add(1.1, 1)
+    controller.decide(Observation(1.1, views, list))
+    assert controller.budget_pages == pages

@@ -32,6 +32,17 @@ def test_nine_tenths_of_what_compute_hides_are_streamed() -> None:
     assert rules.streaming_budget(100.0, aside=True) == 0
 
 
+def test_no_more_is_streamed_than_leaves_the_strictest_pace() -> None:
+    assert rules.streaming_budget(100.0, in_pace=40.5) == 40
+    assert rules.streaming_budget(100.0, in_pace=95.0) == 90
+    # 0.6 x 70 ms - 30 ms leave 12 ms: 60 pages of 0.1 ms, each written and read.
+    assert rules.pages_in_pace(0.070, 0.030, 0.0001) == pytest.approx(60.0)
+    assert rules.pages_in_pace(0.050, 0.030, 0.0001) == 0.0
+    assert rules.pages_in_pace(0.040, 0.030, 0.0001) == 0.0
+    assert rules.pages_in_pace(math.inf, 0.030, 0.0001) == math.inf
+    assert rules.pages_in_pace(0.070, 0.030, 0.0) == math.inf
+
+
 def test_it_stands_aside_for_a_slow_link_and_for_long_prefills() -> None:
     assert rules.stands_aside(rho=0.2, mu=3.0) == (False, False)
     assert rules.stands_aside(rho=0.02, mu=3.0) == (True, False)
@@ -170,8 +181,8 @@ def test_one_always_decodes_and_without_a_pace_as_many_as_come() -> None:
 # --- chunks ---------------------------------------------------------------------
 
 
-def chunk(gap_s: float, made_late: int = 0, waiting: int = 1, page_size: int = 16) -> Chunk:
-    return rules.chunk(gap_s, STEP, 0.001, page_size, 2048, made_late, waiting)
+def chunk(gap_s: float, made_late: int = 0, waiting: int = 1, least: int = 64) -> Chunk:
+    return rules.chunk(gap_s, STEP, 0.001, 16, least, 2048, made_late, waiting)
 
 
 def test_a_chunk_and_a_step_fit_the_tightest_gap() -> None:
@@ -186,20 +197,29 @@ def test_where_none_fits_the_smallest_comes_every_few_steps() -> None:
     assert chunk(0.05, made_late=3, waiting=1) == Chunk(64, 4)
     assert chunk(0.05, made_late=3, waiting=6) == Chunk(64, 2)
     assert chunk(-1.0, made_late=50, waiting=1) == Chunk(64, 8)
-    assert chunk(0.05, page_size=128) == Chunk(128, 1)
+    assert chunk(0.3, made_late=1, least=288) == Chunk(288, 2)  # 256 would fit
 
 
-def late_chunk(spare_s: float, gap_s: float = 1.0, page_size: int = 16) -> Chunk:
+def test_the_smallest_chunk_is_worth_a_forward_pass() -> None:
+    # A pass takes as long as 100 tokens: a quarter more, in whole pages.
+    assert rules.least_chunk(0.1, 0.001, 16, 2048) == 128
+    assert rules.least_chunk(0.1, 0.001, 100, 2048) == 200
+    assert rules.least_chunk(0.01, 0.001, 16, 2048) == 64
+    assert rules.least_chunk(0.01, 0.001, 256, 2048) == 256
+    assert rules.least_chunk(0.1, 0.001, 16, 96) == 96
+    assert rules.least_chunk(0.1, 0.0, 16, 2048) == 64
+
+
+def late_chunk(spare_s: float, gap_s: float = 1.0) -> Chunk:
     # A forward pass takes 0.1 s at least, a token 1 ms.
-    return rules.sustained_chunk(spare_s, gap_s, 0.1, 0.001, page_size, 2048)
+    return rules.sustained_chunk(spare_s, gap_s, 0.1, 0.001, 16, 128, 2048)
 
 
 def test_prompts_that_are_late_take_what_others_can_give_for_good() -> None:
     assert late_chunk(0.3) == Chunk(288, 1)  # of 300 tokens, whole pages
     assert late_chunk(0.3, gap_s=0.2) == Chunk(192, 1)
-    # 125 tokens are worth a pass: 128, which take 0.128 s, a third of which is spared a step.
+    # 128 tokens take 0.128 s, a third of which is spared a step.
     assert late_chunk(0.05) == Chunk(128, 3)
-    assert late_chunk(0.05, page_size=100) == Chunk(200, 4)
     assert late_chunk(-0.1) == Chunk(128, rules.MAX_STEPS_BETWEEN_CHUNKS)
     assert late_chunk(1e-4) == Chunk(128, rules.MAX_STEPS_BETWEEN_CHUNKS)
     assert late_chunk(math.inf, math.inf) == Chunk(2048, 1)
@@ -243,13 +263,15 @@ def test_nobody_else_is_late_and_no_choice_makes_fewer_late(
 
 
 @given(
-    gap=st.floats(-5, 5), late=st.integers(0, 99), waiting=st.integers(0, 99),
-    page=st.sampled_from([1, 16, 48, 64, 128]),
+    gap=st.floats(-5, 5), floor=st.floats(0, 0.5), late=st.integers(0, 99),
+    waiting=st.integers(0, 99), page=st.sampled_from([1, 16, 48, 64, 128]),
 )  # fmt: skip
 def test_a_chunk_is_whole_pages_and_comes_within_eight_steps(
-    gap: float, late: int, waiting: int, page: int
+    gap: float, floor: float, late: int, waiting: int, page: int
 ) -> None:
-    found = rules.chunk(gap, STEP, 0.001, page, 2048 // page * page, late, waiting)
+    most = 2048 // page * page
+    least = rules.least_chunk(floor, 0.001, page, most)
+    found = rules.chunk(gap, STEP, 0.001, page, least, most, late, waiting)
     assert found.tokens % page == 0
-    assert found.tokens >= max(page, 64)
+    assert max(page, 64, floor / 0.001) <= found.tokens <= most
     assert 1 <= found.every <= 8
