@@ -89,7 +89,9 @@ class Prompts:
     def _for_the_punctual(self, scene: Scene, token_s: float) -> Chunk:
         machine = self._machine
         gaps = [self._gap_s(view, scene) for view in scene.decoding]
-        least = self._least_chunk(token_s)
+        # What a small chunk wastes costs a mean more than its time, but a gap (TBT) only its time.
+        strict_gaps = any(view.slo.tbt_s is not None for view in scene.decoding)
+        least = self._least_chunk(token_s, 0.0 if strict_gaps else self._floor_s)
         late = sum(gap < least * token_s + scene.step_s for gap in gaps)
         return rules.chunk(
             min(gaps), scene.step_s, token_s, machine.page_size, least, machine.max_chunk_tokens,
@@ -107,19 +109,17 @@ class Prompts:
             spare = min(spare, pace - scene.step_s + ahead / rules.RECOVERY_TOKENS)
             gap = min(gap, self._longest_s(view, scene) - scene.step_s)
         return rules.sustained_chunk(
-            spare, gap, self._floor_s, token_s, machine.page_size, self._least_chunk(token_s),
-            machine.max_chunk_tokens,
+            spare, gap, self._floor_s, token_s, machine.page_size,
+            self._least_chunk(token_s, self._floor_s), machine.max_chunk_tokens,
         )  # fmt: skip
 
     @property
     def _floor_s(self) -> float:
         return self._costs.compute_s(1, 0)
 
-    def _least_chunk(self, token_s: float) -> int:
+    def _least_chunk(self, token_s: float, floor_s: float) -> int:
         machine = self._machine
-        return rules.least_chunk(
-            self._floor_s, token_s, machine.page_size, machine.max_chunk_tokens
-        )
+        return rules.least_chunk(floor_s, token_s, machine.page_size, machine.max_chunk_tokens)
 
     def _gap_s(self, view: RequestView, scene: Scene) -> float:
         """Time that a chunk may take from ``view``; infinite where it has no target to lose.

@@ -396,6 +396,23 @@ def test_a_long_prompt_takes_turns_with_a_strict_stream() -> None:
     assert any(deferring) and max(chunks) < MACHINE.max_chunk_tokens, chunks
 
 
+@pytest.mark.parametrize(
+    ("slo", "chunk"),
+    [  # Alone a pass takes 11 ms, as 110 tokens do: 144 are worth one.
+        (SLO(tpot_s=0.0115), 144),  # 112 fit: a mean is rather made up for
+        (SLO(tpot_s=0.0115, tbt_s=0.022), 80),  # 0.95 x 22 ms less a step: a gap cannot be
+        (SLO(tpot_s=0.0115, tbt_s=0.012), 64),  # nothing fits
+    ],
+)
+def test_a_gap_is_kept_where_a_small_chunk_can_keep_it(slo: SLO, chunk: int) -> None:
+    controller = Controller(find_policy("orbitflow"), MACHINE, ConstantCosts(), None)
+    busy = RequestView("busy", 1.0, slo, 128, 400, phase="decode", tokens=329)
+    busy.times.add(1.09, 1)
+    busy.times.add(1.1, 1)
+    prompt = RequestView("prompt", 1.0, SLO(), 400, 40, phase="prefill", tokens=16)
+    assert controller.decide(Observation(1.1, [busy, prompt], list)).chunk_tokens == chunk
+
+
 class DeepCosts(ConstantCosts):
     """Prompt tokens take twice as long behind 200 others."""
 
