@@ -66,7 +66,7 @@ class Balance:
         full = pages // self._machine.layers * self._machine.page_size
         full_s = self._costs.compute_s(batch, full)
         page_s = (full_s - self._costs.compute_s(batch, 0)) / pages
-        return rules.pages_in_pace(scene.pace_s, full_s, page_s)
+        return rules.pages_in_pace(scene.pace_s, scene.mu, full_s, page_s)
 
 
 def _strictest(views: Iterable[RequestView], alone_s: float) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 HIDDEN_SHARE = 0.9  # of h: beyond 1.2 h everybody slows down
-PACE_SHARE = 0.6  # of the strictest pace, that steps may take that stream; prompts need the rest
+PACE_SHARE = 0.7  # of what prompts leave of the strictest pace, that steps may take that stream
 LEAST_RHO = 0.03  # below, streaming admits nobody worth its trouble
 LEAST_MU = 1.0  # below, prefill is the bottleneck and memory is not
 URGENT_STEPS = 6  # so many steps before a deadline a request is urgent
@@ -41,13 +41,14 @@ def streaming_budget(hidden_pages: float, in_pace: float = math.inf, *, aside: b
     return 0 if aside else int(min(HIDDEN_SHARE * hidden_pages, in_pace))
 
 
-def pages_in_pace(pace_s: float, full_s: float, page_s: float) -> float:
+def pages_in_pace(pace_s: float, mu: float, full_s: float, page_s: float) -> float:
     """Pages that a step may stream and leave the strictest pace, ``pace_s``, time for prompts.
 
-    ``full_s`` is the compute of a step with the arena full, ``page_s`` what a page adds to it.
-    The GPU's memory sees a streamed page twice: written, and read.
+    Prompts are 1 / (1 + ``mu``) of the work. ``full_s`` is the compute of a step with the arena
+    full, ``page_s`` what a page adds to it. The GPU's memory sees a streamed page twice: written,
+    and read.
     """
-    spare_s = max(0.0, PACE_SHARE * pace_s - full_s)
+    spare_s = max(0.0, PACE_SHARE * (1 - 1 / (1 + mu)) * pace_s - full_s)
     return spare_s / (2 * page_s) if page_s > 0 else math.inf
 
 

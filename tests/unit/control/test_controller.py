@@ -457,20 +457,28 @@ def test_chunks_leave_room_for_steps_as_they_go_and_streaming_is_what_compute_hi
 
 
 @pytest.mark.parametrize(
-    ("tpot_s", "pages"),
+    ("tpot_s", "prompts", "pages"),
     [
-        (None, 63),  # 0.9 of what a step of 14.2 ms hides, at 0.2 ms a page
-        (0.09, 63),
-        # Three of a full arena take 14.02 ms, 4 us a page: 0.6 x 23.5 ms are 76 us more.
-        (0.0235, 9),
-        (0.02, 0),
-        (0.005, 63),  # nobody could keep it, so nobody has to wait for it
+        (None, False, 63),  # 0.9 of what a step of 14.2 ms hides, at 0.2 ms a page
+        (0.09, False, 63),
+        # Three of a full arena take 14.024 ms, 4 us a page: 0.7 x 20.14 ms are 74 us more.
+        (0.02014, False, 9),
+        (0.02, False, 0),
+        (0.005, False, 63),  # nobody could keep it, so nobody has to wait for it
+        # One of 400 + 100 tokens has ended. Of such, 2.28 decode together: mu is 100 steps of
+        # 13.02 ms over 2.28 prompts of 40 ms, 14.3, and steps have 0.935 of all time.
+        (0.02155, True, 9),
+        (0.02155, False, 63),
     ],
 )
 def test_streaming_leaves_the_strictest_pace_that_can_be_kept(
-    tpot_s: float | None, pages: int
+    tpot_s: float | None, prompts: bool, pages: int
 ) -> None:
     controller = Controller(find_policy("orbitflow"), MACHINE, ConstantCosts(), None)
+    if prompts:
+        one = RequestView("ended", 0.0, SLO(), 400, 100)
+        one.times.add(1.0, 100)
+        controller.finished(one)
     strictest = [SLO(tpot_s=tpot_s), SLO(tpot_s=0.09), SLO()]
     views = [RequestView(f"r{number}", 1.0, slo, 400, 99) for number, slo in enumerate(strictest)]
     for view in views:

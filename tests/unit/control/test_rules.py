@@ -35,12 +35,16 @@ def test_nine_tenths_of_what_compute_hides_are_streamed() -> None:
 def test_no_more_is_streamed_than_leaves_the_strictest_pace() -> None:
     assert rules.streaming_budget(100.0, in_pace=40.5) == 40
     assert rules.streaming_budget(100.0, in_pace=95.0) == 90
-    # 0.6 x 70 ms - 30 ms leave 12 ms: 60 pages of 0.1 ms, each written and read.
-    assert rules.pages_in_pace(0.070, 0.030, 0.0001) == pytest.approx(60.0)
-    assert rules.pages_in_pace(0.050, 0.030, 0.0001) == 0.0
-    assert rules.pages_in_pace(0.040, 0.030, 0.0001) == 0.0
-    assert rules.pages_in_pace(math.inf, 0.030, 0.0001) == math.inf
-    assert rules.pages_in_pace(0.070, 0.030, 0.0) == math.inf
+    # 0.7 x 60 ms - 30 ms leave 12 ms: 60 pages of 0.1 ms, each written and read.
+    alone, prompts_a_quarter = math.inf, 3.0
+    assert rules.pages_in_pace(0.060, alone, 0.030, 0.0001) == pytest.approx(60.0)
+    # With a quarter of all work for prompts, the same of 80 ms.
+    assert rules.pages_in_pace(0.080, prompts_a_quarter, 0.030, 0.0001) == pytest.approx(60.0)
+    assert rules.pages_in_pace(0.060, prompts_a_quarter, 0.032, 0.0001) == 0.0
+    assert rules.pages_in_pace(0.040, alone, 0.030, 0.0001) == 0.0
+    assert rules.pages_in_pace(0.060, 0.0, 0.030, 0.0001) == 0.0
+    assert rules.pages_in_pace(math.inf, alone, 0.030, 0.0001) == math.inf
+    assert rules.pages_in_pace(0.060, alone, 0.030, 0.0) == math.inf
 
 
 def test_it_stands_aside_for_a_slow_link_and_for_long_prefills() -> None:
