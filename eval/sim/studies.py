@@ -19,6 +19,7 @@ from orbitflow_sglang.control.policies import RULES
 TUNING_SEEDS = (1, 2, 3)
 SEEDS = tuple(range(101, 111))
 FEW_SEEDS = SEEDS[:4]
+MORE_SEEDS = tuple(range(111, 136))
 PACED, LENGTHS = "@paced", "~lengths"
 
 OURS = ("orbitflow@paced", "orbitflow")
@@ -74,6 +75,13 @@ def mixes() -> Iterator[Scenario]:
         base = Scenario("a5000-8b", "", mix=mix)
         yield from _each(base, MAIN, (0.9, 1.2, 2.0), SEEDS)
     yield from _each(Scenario("a5000-8b", "", mix="MIX", arrivals="poisson"), MAIN, (0.9,), SEEDS)
+
+
+def close() -> Iterator[Scenario]:
+    """Where ten seeds do not tell ours from swap in turns: more of them."""
+    methods = (*OURS, "time-sliced-swap@paced", "time-sliced-swap")
+    for mix in ("MIX", "LS"):
+        yield from _each(Scenario("a5000-8b", "", mix=mix), methods, (0.9, 1.2, 2.0), MORE_SEEDS)
 
 
 def machines() -> Iterator[Scenario]:
@@ -166,6 +174,7 @@ def crossover() -> Iterator[Scenario]:
 
 STUDIES = {
     "mixes": mixes,
+    "close": close,
     "machines": machines,
     "traces": traces,
     "ablation": ablation,

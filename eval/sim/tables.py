@@ -131,7 +131,8 @@ def cell_table(
 def worse(
     cells: Cells, ours: str, metric: str, methods: Sequence[str] | None = None
 ) -> list[tuple[CellKey, str, Difference]]:
-    """Where ``ours`` is not as good as a method: the interval reaches below ``NOT_WORSE``."""
+    """Where ``ours`` is not as good as a method, worst first: the interval reaches below
+    ``NOT_WORSE``."""
     found = []
     for cell, by_method in cells.items():
         for name, rows in by_method.items():
@@ -140,7 +141,7 @@ def worse(
             paired = difference(by_method[ours], rows, metric)
             if paired.low < NOT_WORSE:
                 found.append((cell, name, paired))
-    return sorted(found, key=lambda one: one[2].low)
+    return sorted(found, key=lambda one: one[2].mean)
 
 
 def wide(cells: Cells, ours: str, metric: str, most: float = 0.03) -> list[tuple[CellKey, str]]:

@@ -61,8 +61,13 @@ def test_where_ours_is_worse_comes_with_the_interval() -> None:
     rows = [row("orbitflow", seed, 0.5) for seed in (1, 2, 3)]
     rows += [row("queue", seed, 0.6) for seed in (1, 2, 3)]
     rows += [row("swap", seed, 0.4) for seed in (1, 2, 3)]
+    rows += [row("retract", 1, 0.3)]
     failing = tables.worse(tables.grouped(rows), "orbitflow", "good_requests")
-    assert [(name, round(paired.mean, 6)) for _, name, paired in failing] == [("queue", -0.1)]
+    found = [(name, round(paired.mean, 6)) for _, name, paired in failing]
+    assert found == [("queue", -0.1), ("retract", 0.2)]
+    *_, listed, _, left_out, _ = report._failing(failing)
+    assert "`queue` | -10.0 ± 0.0" in listed
+    assert left_out == "1 of these with one seed at most are not listed."
 
 
 def test_methods_are_named_as_they_are_read() -> None:
