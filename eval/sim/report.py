@@ -195,7 +195,7 @@ def _failing(failing: Sequence[tuple[CellKey, str, Difference]]) -> list[str]:
     lines = ["| cell | method | difference |", "|---|---|---:|", *rows, ""] if rows else []
     single = len(failing) - len(rows)
     if single:
-        lines += [f"{single} of these with one seed at most are not listed.", ""]
+        lines += [f"Not listed: {single} with one seed at most.", ""]
     return lines
 
 

@@ -67,7 +67,7 @@ def test_where_ours_is_worse_comes_with_the_interval() -> None:
     assert found == [("queue", -0.1), ("retract", 0.2)]
     *_, listed, _, left_out, _ = report._failing(failing)
     assert "`queue` | -10.0 ± 0.0" in listed
-    assert left_out == "1 of these with one seed at most are not listed."
+    assert left_out == "Not listed: 1 with one seed at most."
 
 
 def test_methods_are_named_as_they_are_read() -> None:
