@@ -1,6 +1,6 @@
 # OrbitFlow for SGLang. `make` lists the targets; `serve` and `test` need nothing else done before.
 
-# The interpreter that creates .venv; Python 3.11 or newer.
+# The interpreter that creates .venv: Python 3.11, for which the pinned wheels are.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Give CPU=1 to set up without CUDA where there is a GPU.
 CPU ?=
@@ -31,8 +31,8 @@ setup: $(STAMP) ## create .venv and install everything (CPU=1: without CUDA)
 # declares. The rest is closed and pinned: SGLang's own list would bring 10 GB of CUDA packages.
 $(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@rm -f $@
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer \
-	is needed: make setup PYTHON=/path/to/python")'
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed: \
+	make setup PYTHON=/path/to/python3.11")'
 	@test -x $(PY) || { echo "Creating .venv"; "$(PYTHON)" -m venv .venv; }
 	@if [ -z "$(CPU)" ] && nvidia-smi >/dev/null 2>&1; then \
 	  echo "Installing SGLang with CUDA and the project (over 10 GB)" && \

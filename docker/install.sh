@@ -33,4 +33,5 @@ $python -m orbitflow_sglang.patches check
 
 install -m 644 "$source/docker/health.py" /usr/local/bin/orbitflow-health
 useradd --create-home --uid 10001 orbitflow
+install -d -o orbitflow -g orbitflow /home/orbitflow/.cache  # a volume mounted there is writable
 rm -rf "$source" "$wheel"

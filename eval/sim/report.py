@@ -177,7 +177,7 @@ def _claims(found: dict[str, list[Row]]) -> list[str]:
         ]
         lines += _failing(failing)
         known = worse(cells, ours, metric, told)
-        lines += [f"Against methods that are told output lengths, {len(known)}:", ""]
+        lines += [f"Against methods that are told output lengths {len(known)} do.", ""]
         lines += _failing(known)
         unsure = wide(cells, ours, metric)
         if unsure:

@@ -50,6 +50,8 @@ class Difference:
         """In points, with what is inside the interval marked as a tie; without seeds nothing."""
         if not self.seeds:
             return NONE
+        if self.seeds == 1:
+            return f"{factor * self.mean:+.1f} (one seed)"
         tie = " tie" if abs(self.mean) <= self.half else ""
         return f"{factor * self.mean:+.1f} ± {factor * self.half:.1f}{tie}"
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from servers import in_full_only, run_python
 
+from eval.bench.measure import ROOT
 from eval.server import Server, ServerFailed, stock_args
 from orbitflow_sglang import SUPPORTED_SGLANG, patches
 from orbitflow_sglang.config import FLASHINFER, TORCH, ConfigError, OrbitFlowConfig
@@ -95,6 +96,13 @@ def test_the_arguments_that_the_other_tests_change_are_accepted(compat: ModuleTy
 
 def test_every_rule_is_tested_here(compat: ModuleType) -> None:
     assert {field for field, _, _ in compat._RULES} == REFUSED.keys()
+
+
+def test_the_documentation_names_whatever_is_refused() -> None:
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    listed = text.partition("## What is refused")[2].partition("## ")[0]
+    flags = {f"--{field.replace('_', '-')}" for field in (*REFUSED, *ORDER)}
+    assert flags <= set(re.findall(r"`(--[a-z-]+)`", listed))
 
 
 @pytest.mark.parametrize("field", REFUSED)

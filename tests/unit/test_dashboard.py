@@ -1,4 +1,4 @@
-"""The Grafana dashboard and docs/metrics.md against the table of series."""
+"""The Grafana dashboard, the alerts and docs/metrics.md against the table of series."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from orbitflow_sglang import series
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.unit
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DASHBOARD = json.loads((DOCS / "grafana" / "orbitflow.json").read_text(encoding="utf-8"))
+ALERTS = yaml.safe_load((DOCS / "grafana" / "alerts.yaml").read_text(encoding="utf-8"))
 METRIC = re.compile(r"sglang:\w+")
 # Of SGLang itself; tests/engine/test_series.py looks for them on a real server.
 SGLANGS = {
@@ -67,6 +69,18 @@ def test_a_label_is_compared_with_values_that_it_takes() -> None:
     for expr in values_of("expr", DASHBOARD):
         for label, value in re.findall(r'(\w+)="([^"]+)"', expr):
             assert value in labels[label], expr
+
+
+def test_alerts_are_about_the_series_that_the_guide_names() -> None:
+    expressions = list(values_of("expr", ALERTS))
+    used = {name for expr in expressions for name in METRIC.findall(expr)}
+    assert used <= set(series.sample_names())
+    guide = (DOCS / "operating.md").read_text(encoding="utf-8").partition("## What to be woken")[2]
+    named = set(re.findall(r"\b[a-z]+_[a-z_]+\b", guide.partition("\n## ")[0]))
+    assert {series.PREFIX + name for name in named} >= used
+    for expr in expressions:
+        for left, right in ("()", "[]", "{}"):
+            assert expr.count(left) == expr.count(right), expr
 
 
 def test_every_panel_reads_the_data_source_that_was_chosen() -> None:

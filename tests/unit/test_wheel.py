@@ -35,7 +35,7 @@ RUN_BY = {
     "docker build": "docker/test_image.sh::buildah bud",
     "docker run": "docker/test_image.sh::buildah run",
 }
-SOURCES = ("*.patch", "*.json", "*.cu", "*.py")
+SOURCES = ("*.patch", "*.json", "*.yaml", "*.cu", "*.py")
 
 
 def test_the_wheel_has_every_module_patch_and_dashboard(tmp_path: Path) -> None:

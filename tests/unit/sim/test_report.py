@@ -43,6 +43,7 @@ def test_a_single_seed_says_nothing_for_sure() -> None:
     found = tables.difference({1: row("orbitflow", 1, 1.0)}, {1: row("queue", 1, 0.0)},
                               "good_requests")  # fmt: skip
     assert math.isinf(found.half)
+    assert found.text() == "+100.0 (one seed)"
 
 
 def test_cells_are_what_methods_share() -> None:
