@@ -78,7 +78,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--requests", type=int, metavar="N", help="the first N rows; of a mix 200")
     add("--skip", type=int, default=0, metavar="N", help="rows of the trace before these")
     when = parser.add_mutually_exclusive_group()
-    when.add_argument("--load", type=float, metavar="X", help="times what SGLang's admission drains")
+    when.add_argument("--load", type=float, metavar="X", help="times what SGLang drains")
     when.add_argument("--rate", type=float, metavar="X", help="requests a second")
     when.add_argument("--speed", type=float, metavar="X", help="divides arrival times")
     add("--profile", required=True, help=f"one of {', '.join(hardware.names())}")

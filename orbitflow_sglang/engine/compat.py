@@ -195,6 +195,10 @@ def check_arguments(view: Any) -> None:
             f"{view.tokenizer_worker_num}: {_PROCESS}. Patch SGLang (python -m "
             "orbitflow_sglang.patches apply), or leave the flag out"
         )
+    if view.enable_http2 and view.tokenizer_worker_num not in (None, 1):
+        raise _refusal(
+            f"--enable-http2 with --tokenizer-worker-num {view.tokenizer_worker_num}", _PROCESS
+        )
     if device not in ATTENTION_BACKENDS or (device == "cuda" and torch.version.hip):
         raise ConfigError(
             f"--enable-orbitflow does not support --device {device}: there are kernels for NVIDIA "

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 
-from orbitflow_sglang.config import flag
 from orbitflow_sglang.control.controller import Controller
 from orbitflow_sglang.control.feedback import Feedback
 from orbitflow_sglang.control.view import (
@@ -77,6 +76,7 @@ class SchedulerControl:
         on_device = runtime.store.arena.k.device.type != "cpu"
         self._runs_ahead = on_device and scheduler.enable_overlap  # of the steps that it launches
         self._held: dict[str, Req] = {}  # with KV, as last observed
+        self._aborted: set[str] = set()  # of those, who ended so since
         self._line: list[Req] = []  # that wait, as last observed
         self._waiting: dict[str, RequestView] = {}  # of those
         self._looked_up = 0  # prefixes of waiting requests
@@ -147,7 +147,7 @@ class SchedulerControl:
         """Whether this step decodes although prompts wait."""
         return not self.decision.prefill and not running.is_empty()
 
-    def prefill_batch(self, choose: Callable[[], Any]) -> Any:
+    def prefill_batch(self, running: ScheduleBatch, choose: Callable[[], Any]) -> Any:
         """SGLang's choice of a prefill batch among those who may start, in our order."""
         decision, scheduler = self.decision, self._scheduler
         queue: list[Req] = scheduler.waiting_queue
@@ -167,7 +167,8 @@ class SchedulerControl:
         scheduler.waiting_queue = [r for r in queue if r.rid in admit]
         chunk = scheduler.chunked_prefill_size
         if decision.chunk_tokens is not None and chunk is not None and chunk > 0:
-            scheduler.chunked_prefill_size = min(chunk, decision.chunk_tokens)
+            mixed = len(running.reqs) if scheduler.is_mixed_chunk else 0  # SGLang takes them off
+            scheduler.chunked_prefill_size = min(chunk, decision.chunk_tokens + mixed)
         before = len(scheduler.waiting_queue)
         try:
             return choose()
@@ -242,6 +243,8 @@ class SchedulerControl:
             first = view.times.first_s is None
             view.times.add(now, len(req.output_ids) - view.generated)
             ends = req.finished() and not req.finished_output
+            if ends and isinstance(req.finished_reason, FINISH_ABORT):
+                self._aborted.add(req.rid)
             if first or ends:
                 self._report(req, view, ends)
             elif view.generated == 2:  # what was sent with the first token is not sent again
@@ -259,6 +262,7 @@ class SchedulerControl:
             metrics.count_generated(self.attained, req, times)
             part |= {"generated": times.report(), "pauses": view.pauses}
             part["deposit_tokens"] = times.deposit_tokens
+            part["fills_cache"] = not req.sampling_params.max_new_tokens  # SGLang's own, for n > 1
         setattr(req.time_stats, META_KEY, part)
 
     # --- everything that enumerates requests -----------------------------------
@@ -277,32 +281,13 @@ class SchedulerControl:
             self._scheduler.running_batch = pausing.put_back(self._scheduler.running_batch, paused)
             self._end_of_pause(self.views[rid])
 
-    def make_room(self, batch: ScheduleBatch) -> None:
-        """Paused requests give up their KV before any that decodes has to.
-
-        Without this SGLang, which does not see them, would end the last request that runs.
-        """
-        while self.paused and not batch.check_decode_mem():
-            rid = min(self.paused, key=lambda r: len(self.paused[r].req.output_ids))
-            paused = self._leaves(rid)
-            self._end_of_pause(self.views[rid])
-            pausing.retract(self._scheduler, paused)
-            self.retracted([rid])
-
-    def retracted(self, rids: list[str]) -> None:
-        """Requests had to give up their KV: counted, and explained."""
-        self.counts["retractions"] += len(rids)
-        capacity, layout = self._runtime.store.capacity, self._runtime.store.layout
-        pages = (capacity.main_pages + capacity.host_pages) // layout.layers
-        if capacity.logical_pages < pages:
-            cure = "--max-total-tokens"
-        else:
-            cure = flag("host_memory_gb" if capacity.host_pages else "arena_tokens")
-        logger.warning(
-            "OrbitFlow: all %d tokens of arena and host store are in use, so %s must be computed "
-            "again; a larger %s avoids that",
-            capacity.logical_pages * layout.page_size, ", ".join(rids), cure,
-        )  # fmt: skip
+    def retract_paused(self) -> str:
+        """The paused request that has said least gives up its KV, to be computed again; its id."""
+        rid = min(self.paused, key=lambda r: len(self.paused[r].req.output_ids))
+        paused = self._leaves(rid)
+        self._end_of_pause(self.views[rid])
+        pausing.retract(self._scheduler, paused)
+        return rid
 
     def forget_all(self) -> None:
         """Every request that held KV has been ended, and every page given up."""
@@ -408,7 +393,9 @@ class SchedulerControl:
         self._look_up_a_prefix(scheduler.waiting_queue)
         if len(seen) != len(views):
             for rid in views.keys() - seen.keys():
-                self.controller.finished(views[rid], rid.startswith(HEALTH_CHECK_RID_PREFIX))
+                no_answer = rid in self._aborted or rid.startswith(HEALTH_CHECK_RID_PREFIX)
+                self.controller.finished(views[rid], no_answer)
+            self._aborted.clear()
             self.views = seen
         return Observation(time.perf_counter(), list(seen.values()), self._units)
 

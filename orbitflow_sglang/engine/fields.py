@@ -8,7 +8,6 @@ from, so that ``sgl.Engine(enable_orbitflow=True, ...)`` takes them by name. Imp
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from typing import Annotated, Any
 
 import msgspec
@@ -43,7 +42,9 @@ def constructed(record: Any) -> None:
 
     Raises ``ConfigError`` for what cannot be honoured.
     """
-    if multiprocessing.parent_process() is not None:
+    from orbitflow_sglang.engine import hooks
+
+    if hooks.child_role() is not None:
         return
     wanted = config.from_arguments(record)
     if wanted is not None:

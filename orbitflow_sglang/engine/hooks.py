@@ -111,6 +111,11 @@ LAUNCHER = (
     *DETOKENIZER,
 )
 TOKENIZER_WORKER = "subprocess_started"  # uvicorn's function for its workers
+CHILDREN = (  # functions that SGLang's processes are started to run
+    *("run_scheduler_process", "run_scheduler_process_with_init_pipe"),
+    *("run_data_parallel_controller_process", "run_detokenizer_process"),
+    *("run_multi_detokenizer_router_process", TOKENIZER_WORKER),
+)
 # Wrapped in the process that starts the schedulers of several replicas, and passes on requests.
 CONTROLLER = (
     Hook(f"{_CONTROLLER}.launch_dp_schedulers", HookType.BEFORE, "launcher:watch_schedulers"),
@@ -206,8 +211,8 @@ def occurrences(hook: Hook) -> int:
 
 
 def child_role() -> str | None:
-    """The function that this process was started to run; None in the launcher."""
-    if multiprocessing.parent_process() is None:
-        return None
+    """What SGLang started this process to run. None in the launcher, which may itself be a child:
+    of a program that builds its ``sgl.Engine`` in a process of its own."""
     target = getattr(multiprocessing.current_process(), "_target", None)
-    return getattr(target, "__name__", "unknown")
+    name = getattr(target, "__name__", None)
+    return name if name in CHILDREN else None

@@ -70,9 +70,11 @@ def report_decode_stats(result: None, reporter: Any, *args: Any, **kwargs: Any) 
 
 
 def count_generated(counts: Counter[str], req: Any, times: TokenTimes) -> None:
-    """A request has ended in the scheduler; those aborted and health checks do not count."""
+    """A request has ended in the scheduler. Those aborted, health checks, and those that only fill
+    the cache (SGLang's own, for n > 1) do not count."""
     aborted = isinstance(req.finished_reason, FINISH_ABORT)
-    if not aborted and times.tokens and not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+    wanted = times.tokens and req.sampling_params.max_new_tokens
+    if wanted and not aborted and not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
         count_attainment(counts, times.attainment)
 
 

@@ -12,7 +12,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch, release_req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 
@@ -88,6 +88,20 @@ def retract(scheduler: Any, paused: Paused) -> None:
     does with running ones when every logical token is in use."""
     paused.batch.release_req(0, 0)
     scheduler._add_request_to_queue(paused.req, is_retracted=True)
+
+
+def retract_prompt(scheduler: Any) -> None:
+    """The same for the prompt that is computed chunk by chunk."""
+    req, scheduler.chunked_req = scheduler.chunked_req, None
+    release_req(
+        req=req,
+        remaing_req_count=0,
+        req_to_token_pool=scheduler.req_to_token_pool,
+        token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+        tree_cache=scheduler.tree_cache,
+        hisparse_coordinator=None,
+    )
+    scheduler._add_request_to_queue(req, is_retracted=True)
 
 
 def _copied(info: Any, batch: ScheduleBatch) -> Any:

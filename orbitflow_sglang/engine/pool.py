@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from orbitflow_sglang.config import OrbitFlowConfig
 from orbitflow_sglang.engine import ranks
 from orbitflow_sglang.engine.placement import Placer, PlanPlacer, PolicyPlacer
 from orbitflow_sglang.engine.runtime import Runtime
 from orbitflow_sglang.planner.policies import make_policy
+from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
 from orbitflow_sglang.residency.store import ResidencyStore
 
@@ -94,10 +96,31 @@ class OrbitFlowKVPool(MHATokenToKVPool):
     move_kv_cache = set_kv_buffer_prefix_valid = get_device_pool_infos = _no_buffer
 
 
+class OrbitFlowPrefillBudget(PrefillBudget):
+    """SGLang's, for prompts between whose chunks others decode.
+
+    SGLang computes a prompt's chunks one behind the other, so that the slots that were free when
+    it was let in are there for all of them.
+    """
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
+        """Tokens of the next chunk; None while there are slots for none, and it waits."""
+        free = int(self.remaining_current) // self.page_size * self.page_size
+        tokens: int = min(super().available_chunk_tokens(chunk_limit), free)
+        return tokens if tokens > 0 else None
+
+
 class OrbitFlowAllocator(PagedTokenToKVPoolAllocator):
     """Hands out logical pages; gives back every copy of a page when SGLang frees it."""
 
     _kvcache: OrbitFlowKVPool
+
+    def create_prefill_budget(
+        self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
+    ) -> PrefillBudget:
+        return OrbitFlowPrefillBudget(
+            self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
+        )
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         store = self._kvcache.runtime.store
@@ -107,7 +130,11 @@ class OrbitFlowAllocator(PagedTokenToKVPoolAllocator):
 
     def clear(self) -> None:
         super().clear()
-        self._kvcache.runtime.store.clear()
+        store = self._kvcache.runtime.store
+        try:
+            store.clear()
+        except ResidencyError:  # a copy had failed; nobody is left who could miss it
+            store.abandon()
 
     def verify_byte_accounting(self) -> list[str]:
         return self._kvcache.runtime.check_idle()

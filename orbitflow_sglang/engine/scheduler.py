@@ -19,6 +19,7 @@ from orbitflow_sglang.engine.placement import LiveRequest
 from orbitflow_sglang.engine.pool import OrbitFlowAllocator
 from orbitflow_sglang.engine.prefixes import make_host_room
 from orbitflow_sglang.engine.recovery import StepFailed, recover
+from orbitflow_sglang.engine.retraction import make_room_for_prompt
 from orbitflow_sglang.engine.runtime import Runtime, StepInput
 from orbitflow_sglang.engine.startup import build_control
 from orbitflow_sglang.residency import ResidencyError
@@ -98,6 +99,10 @@ def defer_prefill(original: Callable[..., bool], scheduler: Scheduler, running_b
     if control is not None:
         control.pause(running_batch)
         if control.defers_prefill(running_batch):
+            # SGLang looks for grammars that are ready only where it may start prompts.
+            if scheduler.grammar_manager.has_waiting_grammars():
+                for req in scheduler.grammar_manager.get_ready_grammar_requests():
+                    scheduler._add_request_to_queue(req)
             return True
     return original(scheduler, running_batch)
 
@@ -107,7 +112,9 @@ def choose_prefill(original: Callable[..., Any], scheduler: Scheduler, running_b
     control = control_of(scheduler)
     if control is None:
         return original(scheduler, running_batch)
-    return control.prefill_batch(lambda: original(scheduler, running_batch))
+    if running_batch.is_empty():
+        make_room_for_prompt(scheduler, control)
+    return control.prefill_batch(running_batch, lambda: original(scheduler, running_batch))
 
 
 def stream_output(streamer: Any, reqs: list[Any], *args: Any, **kwargs: Any) -> None:

@@ -172,10 +172,12 @@ class _Delivery:
         }
 
     def count(self, finish_reason: Any) -> None:
-        """Into the Prometheus counters, unless aborted or nothing is known of its tokens."""
+        """Into the Prometheus counters, unless aborted, nothing is known of its tokens, or it only
+        fills the cache."""
         delivered = self._sent.report() if self._streams else self._part.get("generated")
         aborted = isinstance(finish_reason, dict) and finish_reason.get("type") == "abort"
-        counted = self._manager.enable_metrics and self._obj.log_metrics and not aborted
+        wanted = not aborted and not self._part.get("fills_cache")
+        counted = self._manager.enable_metrics and self._obj.log_metrics and wanted
         if not counted or delivered is None or delivered["ttft_s"] is None:
             return
         labels = dict(self._manager.metrics_collector.labels)

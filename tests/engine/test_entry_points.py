@@ -45,13 +45,21 @@ if __name__ == "__main__":
 EXPORTED = """OrbitFlowConfig(policy="static:1", arena_tokens=2048, host_memory_gb=0.2).export()
     engine = sglang.Engine(model_path=model, dtype="float32")"""
 ENGINE_REFUSED = """
-import sys
+import multiprocessing, sys
 import sglang
 from orbitflow_sglang.config import OrbitFlowConfig
 
-if __name__ == "__main__":
+def serve():
     OrbitFlowConfig().export()
     sglang.Engine(model_path=sys.argv[1], dtype="float32", attention_backend="torch_native")
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["in a child"]:
+        child = multiprocessing.get_context("spawn").Process(target=serve)
+        child.start()
+        child.join()
+        sys.exit(child.exitcode)
+    serve()
 """
 
 
@@ -120,10 +128,13 @@ def test_an_engine_built_behind_export_gives_the_tokens_of_stock_sglang(
     assert result["ids"] == ids(stock.answers("llama", WANTED))
 
 
-def test_an_engine_that_cannot_work_raises_with_flag_reason_and_fix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", [(), ("in a child",)], ids=["here", "in a child"])
+def test_an_engine_that_cannot_work_raises_with_flag_reason_and_fix(
+    tmp_path: Path, where: tuple[str, ...]
+) -> None:
     script = tmp_path / "engine.py"
     script.write_text(ENGINE_REFUSED)
-    run = run_python(str(script), str(build(MODELS["llama"])))
+    run = run_python(str(script), str(build(MODELS["llama"])), *where)
     assert run.returncode != 0
     assert (
         "ConfigError: --enable-orbitflow does not support --attention-backend torch_native"

@@ -7,6 +7,7 @@ server goes on, and its memory is whole afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from servers import (
@@ -17,9 +18,23 @@ from servers import (
     orbitflow_args,
     set_internal_state,
 )
-from storms import ALL, FILLING, FREE, GROWING, STORM, STYLE, Calm, Held, control_of, run_storm
+from storms import (
+    ALL,
+    FILLING,
+    FREE,
+    GROWING,
+    GROWN,
+    LONG,
+    STORM,
+    STYLE,
+    Calm,
+    Held,
+    control_of,
+    run_storm,
+)
 
 from eval.client import Client
+from eval.identity import compare
 from eval.server import Server
 from orbitflow_sglang.engine.test_faults import FAULTS
 
@@ -72,6 +87,25 @@ def test_full_memory_makes_requests_compute_their_kv_again(server: Server, stock
     assert control_of(server)["retractions"] > 0, control_of(server)
     log = server.log.read_text(encoding="utf-8", errors="replace")
     assert "a larger --orbitflow-host-memory-gb avoids that" in log
+    assert_nothing_is_left(server)
+
+
+def test_prompts_between_whose_chunks_memory_fills_wait_for_room(
+    server: Server, stock: Stock
+) -> None:
+    # SGLang looks once whether a prompt fits, and computes its chunks one behind the other.
+    set_internal_state(server, "orbitflow_trickle", 4)
+    with ThreadPoolExecutor(len(GROWN) + len(LONG)) as pool:
+        # Of those that ignore the end of text SGLang would keep room for all that they may say.
+        answers = [
+            pool.submit(server.generate, one.input_ids, one.max_new_tokens,
+                        rid=one.rid, ignore_eos=False)
+            for one in (*GROWN, *LONG)
+        ]  # fmt: skip
+        found = [answer.result() for answer in answers]
+    set_internal_state(server, "orbitflow_trickle", 0)
+    expected = {one.rid: one for one in stock.answers(STYLE, ALL)}
+    assert compare([expected[one.rid] for one in found], found).ok
     assert_nothing_is_left(server)
 
 

@@ -17,8 +17,9 @@ from orbitflow_sglang.slo import SLO
 
 @pytest.fixture(scope="module")
 def engine() -> dict[str, ModuleType]:
-    names = ("control", "pausing", "retraction", "runtime")
-    return {name: importlib.import_module(f"orbitflow_sglang.engine.{name}") for name in names}
+    names = ("control", "pausing", "pool", "retraction", "runtime")
+    modules = {name: importlib.import_module(f"orbitflow_sglang.engine.{name}") for name in names}
+    return modules | {"view": importlib.import_module("orbitflow_sglang.control.view")}
 
 
 def request(**changed: Any) -> SimpleNamespace:
@@ -88,6 +89,7 @@ def test_a_line_is_looked_through_again_whenever_it_is_another_one(
     control.controller = SimpleNamespace(finished=lambda view, _: ended.append(view.rid))
     control.views, control.paused, control._line, control._waiting = {}, {}, [], {}
     control.longest_line = control._looked_up = 0
+    control._aborted = set()
     scheduler = SimpleNamespace(
         enable_overlap=False, chunked_req=None, tree_cache=None, waiting_queue=[]
     )
@@ -120,13 +122,106 @@ def waiting(rid: str) -> SimpleNamespace:
     return req
 
 
-@pytest.mark.parametrize("finishing", [[], ["somebody"]])
-def test_nobody_gives_up_kv_while_somebody_is_about_to_finish(
-    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, finishing: list[str]
+@pytest.fixture()
+def full(engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A scheduler without free slots; who gives up KV is noted in ``retracted``."""
+    noted: list[str] = []
+    control = SimpleNamespace(paused={})
+    scheduler = SimpleNamespace(
+        chunked_req=None, slots=0, needed=1, _reqs_finishing_inflight=lambda batch: [],
+        tree_cache=SimpleNamespace(evictable_size=lambda: 0),
+    )  # fmt: skip
+    scheduler.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: scheduler.slots)
+
+    def give_up(rid: str) -> str:
+        noted.append(rid)
+        scheduler.slots += 1
+        return rid
+
+    def retract_prompt(scheduler: SimpleNamespace) -> None:
+        give_up(scheduler.chunked_req.rid)
+        scheduler.chunked_req = None
+
+    control.retract_paused = lambda: give_up(control.paused.popitem()[0])
+    module = engine["retraction"]
+    monkeypatch.setattr(module, "_control", lambda: control)
+    monkeypatch.setattr(module, "retracted", lambda rids: None)
+    monkeypatch.setattr(engine["pausing"], "retract_prompt", retract_prompt)
+    batch = SimpleNamespace(check_decode_mem=lambda: scheduler.slots >= scheduler.needed)
+    return SimpleNamespace(control=control, scheduler=scheduler, retracted=noted, batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("running", "needed", "finishing", "gives_up"),
+    [
+        (1, 1, [], ["two"]),
+        (1, 2, [], ["two", "one"]),
+        (1, 3, [], ["two", "one", "prompt"]),
+        (2, 3, [], ["two", "one"]),  # SGLang retracts one of those that decode
+        (1, 3, ["somebody"], []),
+    ],
+)
+def test_paused_requests_then_the_prompt_give_up_kv_before_the_last_that_decodes(
+    engine: dict[str, ModuleType], full: SimpleNamespace,
+    running: int, needed: int, finishing: list[str], gives_up: list[str],
+) -> None:  # fmt: skip
+    full.control.paused = {"one": None, "two": None}
+    full.scheduler.chunked_req = SimpleNamespace(rid="prompt")
+    full.scheduler.needed = needed
+    full.scheduler._reqs_finishing_inflight = lambda batch: finishing
+    full.batch.reqs = ["somebody"] * running
+    engine["retraction"].make_room(full.scheduler, full.batch)
+    assert full.retracted == gives_up
+
+
+def test_a_prompt_that_nobody_else_will_leave_room_for_gets_that_of_paused_ones(
+    engine: dict[str, ModuleType], full: SimpleNamespace
 ) -> None:
-    asked = []
-    control = SimpleNamespace(paused={"one": None}, make_room=asked.append)
-    monkeypatch.setattr(engine["retraction"], "control_of", lambda scheduler: control)
-    scheduler = SimpleNamespace(_reqs_finishing_inflight=lambda batch: finishing)
-    engine["retraction"].make_room(scheduler, "batch")
-    assert asked == ([] if finishing else ["batch"])
+    full.control.paused = {"one": None, "two": None}
+    make_room = engine["retraction"].make_room_for_prompt
+    make_room(full.scheduler, full.control)
+    assert full.retracted == []
+    full.scheduler.chunked_req = SimpleNamespace(rid="prompt")
+    make_room(full.scheduler, full.control)
+    make_room(full.scheduler, full.control)
+    assert full.retracted == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("free", "promised", "decoding_beside", "limit", "tokens"),
+    [
+        (640, 100, 0, 256, 256),
+        (640, 540, 0, 256, 100),  # as SGLang: what is not promised
+        (640, 800, 0, 256, 256),  # more is promised than is there: still in its turn
+        (48, 800, 0, 256, 48),
+        (0, 800, 0, 256, None),
+        (640, 0, 640, 256, None),
+        (640, 100, 300, -44, None),  # a mixed step whose decoding rows take up all of the chunk
+    ],
+)
+def test_a_chunk_is_no_larger_than_the_slots_that_are_there(
+    engine: dict[str, ModuleType],
+    free: int, promised: int, decoding_beside: int, limit: int, tokens: int | None,
+) -> None:  # fmt: skip
+    allocator = SimpleNamespace(page_size=16, available_size=lambda: free)
+    tree = SimpleNamespace(supports_mamba=lambda: False, evictable_size=lambda: 0)
+    kind = engine["pool"].OrbitFlowPrefillBudget
+    budget = kind(allocator, tree, num_mixed_decode_tokens=decoding_beside)
+    budget.total_offset += promised
+    assert budget.available_chunk_tokens(limit) == tokens
+
+
+@pytest.mark.parametrize(("mixed", "chunk"), [(False, 64), (True, 74)])
+def test_a_chunk_is_of_the_prompt_also_where_others_decode_in_it(
+    engine: dict[str, ModuleType], mixed: bool, chunk: int
+) -> None:
+    module = engine["control"]
+    control = object.__new__(module.SchedulerControl)
+    control._lockstep, control.views = False, {}
+    control.controller = SimpleNamespace(admitted=lambda number: None)
+    control.decision = engine["view"].StepDecision(chunk_tokens=64)
+    scheduler = SimpleNamespace(waiting_queue=[], chunked_prefill_size=512, is_mixed_chunk=mixed)
+    control._scheduler = scheduler
+    running = SimpleNamespace(reqs=["somebody"] * 10)
+    assert control.prefill_batch(running, lambda: scheduler.chunked_prefill_size) == chunk
+    assert scheduler.chunked_prefill_size == 512

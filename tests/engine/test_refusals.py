@@ -28,6 +28,7 @@ ACCEPTED: dict[str, Any] = {
     "decode_attention_backend": None,
     "chunked_prefill_size": 4096,
     "tokenizer_worker_num": 1,
+    "enable_http2": False,
 }
 # A value that each rule refuses. In words of our own, and with all of them, so that a rule
 # that goes missing is noticed.
@@ -126,6 +127,10 @@ def test_workers_of_the_tokenizer_are_refused_without_the_patch(
     )
     monkeypatch.setattr(patches, "applied", lambda name: name == patches.TOKENIZER_WORKERS)
     compat.check_arguments(view(compat, tokenizer_worker_num=2))
+    compat.check_arguments(view(compat, enable_http2=True))
+    assert "--enable-http2 with --tokenizer-worker-num 2" in refusal_of(
+        compat, tokenizer_worker_num=2, enable_http2=True
+    )
 
 
 def test_another_device_is_refused_with_those_there_are(
