@@ -162,8 +162,12 @@ class _Merge:
 def _merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to two disjoint parts of the context from attention to each."""
+    """Attention to two disjoint parts of the context from attention to each.
+
+    In double precision: a small ring makes many parts of a long context, and a rounded logarithm
+    of a sum is off by its own size, not by that of the share that is computed from it.
+    """
+    lse_a, lse_b = lse_a.double(), lse_b.double()
     lse = torch.logaddexp(lse_a, lse_b)
     share = torch.exp(lse_a - lse).unsqueeze(-1)
-    merged = out_a.float() * share + out_b.float() * (1 - share)
-    return merged.to(out_a.dtype), lse
+    return out_a * share + out_b * (1 - share), lse

@@ -6,8 +6,8 @@ them from the next step on; ``{"orbitflow_corrupt": n}`` overwrites the host cop
 the next n steps' first offloaded page, which must turn an identity test red.
 ``{"orbitflow_pause": n}`` has every request paused n times, at places drawn from its id.
 ``{"orbitflow_hold": 1}`` pauses whoever decodes, ids that begin with ``NOT_HELD`` left
-out, until it is 0. ``{"orbitflow_trickle": n}`` has a chunk of 64 prompt tokens computed every
-n decode steps, until it is 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
+out, until it is 0. ``{"orbitflow_starve": 1}`` has prompts go on only when there are slots for less
+than a chunk, of 64 tokens, until it is 0. ``{"orbitflow_fault": i}``: see ``engine.test_faults``.
 ``{"orbitflow_tables": 1}`` is refused unless all ranks of a group have their pages in the
 same places, and have had so at every step since the first such command. ``{"orbitflow_slow": n}``
 holds the copies of a group's ranks but the first to n MB/s.
@@ -64,8 +64,8 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
     def hold(key: str, value: Any) -> None:
         runtime.control.force = _hold if int(value) else None
 
-    def trickle(key: str, value: Any) -> None:
-        runtime.control.force = _Trickle(int(value)) if int(value) else None
+    def starve(key: str, value: Any) -> None:
+        runtime.control.force = _Starving(controller.scheduler) if int(value) else None
 
     def fault(key: str, value: Any) -> None:
         FAULTS[list(FAULTS)[int(value)]](runtime)
@@ -101,7 +101,7 @@ def update_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]
         "orbitflow_tables": _UpdateHandler(validate, lambda key, value: None),
         "orbitflow_pause": _UpdateHandler(validate, pause),
         "orbitflow_hold": _UpdateHandler(validate, hold),
-        "orbitflow_trickle": _UpdateHandler(validate, trickle),
+        "orbitflow_starve": _UpdateHandler(validate, starve),
         "orbitflow_fault": _UpdateHandler(validate, fault),
         "orbitflow_policy": _UpdateHandler(validate, set_policy),
         "orbitflow_corrupt": _UpdateHandler(validate, corrupt),
@@ -155,17 +155,19 @@ def _hold(observation: Observation, decision: StepDecision) -> StepDecision:
     )
 
 
-class _Trickle:
-    """Of whoever SGLang has slots for, a small chunk now and then."""
+class _Starving:
+    """Whoever SGLang has slots for begins; the next small chunk is due when there are too few."""
 
-    def __init__(self, decode_steps: int) -> None:
-        self._every = decode_steps + 1
-        self._step = 0
+    CHUNK_TOKENS = 64
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
 
     def __call__(self, observation: Observation, decision: StepDecision) -> StepDecision:
-        self._step += 1
-        due = self._step % self._every == 0
-        return replace(decision, admit=None, prefill=due, chunk_tokens=64)
+        pool, tree = self._scheduler.token_to_kv_pool_allocator, self._scheduler.tree_cache
+        free = pool.available_size() + tree.evictable_size()
+        due = self._scheduler.chunked_req is None or free < self.CHUNK_TOKENS
+        return replace(decision, admit=None, prefill=due, chunk_tokens=self.CHUNK_TOKENS)
 
 
 class _ForcedPauses:

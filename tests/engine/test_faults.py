@@ -94,7 +94,7 @@ def test_prompts_between_whose_chunks_memory_fills_wait_for_room(
     server: Server, stock: Stock
 ) -> None:
     # SGLang looks once whether a prompt fits, and computes its chunks one behind the other.
-    set_internal_state(server, "orbitflow_trickle", 4)
+    set_internal_state(server, "orbitflow_starve", 1)
     with ThreadPoolExecutor(len(GROWN) + len(LONG)) as pool:
         # Of those that ignore the end of text SGLang would keep room for all that they may say.
         answers = [
@@ -103,7 +103,7 @@ def test_prompts_between_whose_chunks_memory_fills_wait_for_room(
             for one in (*GROWN, *LONG)
         ]  # fmt: skip
         found = [answer.result() for answer in answers]
-    set_internal_state(server, "orbitflow_trickle", 0)
+    set_internal_state(server, "orbitflow_starve", 0)
     expected = {one.rid: one for one in stock.answers(STYLE, ALL)}
     assert compare([expected[one.rid] for one in found], found).ok
     assert_nothing_is_left(server)
