@@ -49,8 +49,8 @@ GROWING = mixed_requests(8, seed=22, shortest=200, longest=200, max_new_tokens=1
 FREE = replace(FREE, rid="free")
 FILLING = mixed_requests(24, seed=24, shortest=72, longest=72, max_new_tokens=8)
 # Those that grow and long prompts, for several times the memory of test_faults.py.
-GROWN = mixed_requests(12, seed=25, shortest=32, longest=32, max_new_tokens=160)
-LONG = mixed_requests(8, seed=26, shortest=500, longest=600, max_new_tokens=8)
+GROWN = mixed_requests(8, seed=25, shortest=32, longest=32, max_new_tokens=280)
+LONG = mixed_requests(3, seed=26, shortest=500, longest=600, max_new_tokens=8)
 ALL = [*STORM, *GROWING, FREE, *FILLING, *GROWN, *LONG]
 
 

@@ -6,6 +6,7 @@ server goes on, and its memory is whole afterwards.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +34,7 @@ from storms import (
     run_storm,
 )
 
-from eval.client import Client
+from eval.client import Client, Generation, Request
 from eval.identity import compare
 from eval.server import Server
 from orbitflow_sglang.engine.test_faults import FAULTS
@@ -90,23 +91,30 @@ def test_full_memory_makes_requests_compute_their_kv_again(server: Server, stock
     assert_nothing_is_left(server)
 
 
-def test_prompts_between_whose_chunks_memory_fills_wait_for_room(
-    server: Server, stock: Stock
-) -> None:
+def test_prompts_between_whose_chunks_memory_fills_wait_for_room(stock: Stock) -> None:
     # SGLang looks once whether a prompt fits, and computes its chunks one behind the other.
-    set_internal_state(server, "orbitflow_starve", 1)
-    with ThreadPoolExecutor(len(GROWN) + len(LONG)) as pool:
-        # Of those that ignore the end of text SGLang would keep room for all that they may say.
-        answers = [
-            pool.submit(server.generate, one.input_ids, one.max_new_tokens,
-                        rid=one.rid, ignore_eos=False)
-            for one in (*GROWN, *LONG)
-        ]  # fmt: skip
+    # Nobody is paused: the arena is larger than what all together may take.
+    small = ("--orbitflow-arena-tokens", "2048", "--max-total-tokens", "1536", *FLAGS[2:])
+
+    def ask(one: Request) -> Generation:
+        # Of one that ignores the end of text SGLang would keep room for all that it may say.
+        return server.generate(one.input_ids, one.max_new_tokens, rid=one.rid, ignore_eos=False)
+
+    with (
+        Server(orbitflow_args(STYLE, *small), env=TEST_CONTROL) as server,
+        ThreadPoolExecutor(len(GROWN) + len(LONG)) as pool,
+    ):
+        set_internal_state(server, "orbitflow_starve", 1)
+        answers = [pool.submit(ask, one) for one in GROWN]
+        while server.loads()[0]["num_running_reqs"] < len(GROWN):
+            assert not any(answer.done() for answer in answers)
+            time.sleep(0.02)
+        answers += [pool.submit(ask, one) for one in LONG]
         found = [answer.result() for answer in answers]
-    set_internal_state(server, "orbitflow_starve", 0)
+        set_internal_state(server, "orbitflow_starve", 0)
+        assert_nothing_is_left(server)
     expected = {one.rid: one for one in stock.answers(STYLE, ALL)}
     assert compare([expected[one.rid] for one in found], found).ok
-    assert_nothing_is_left(server)
 
 
 def test_paused_requests_give_up_their_kv_before_the_last_running_one_has_to_end(
