@@ -7,6 +7,7 @@ where a layer's bytes are is the store's business.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -23,6 +24,8 @@ from orbitflow_sglang.planner.policies import make_policy
 from orbitflow_sglang.residency import ResidencyError
 from orbitflow_sglang.residency.layout import Capacity, KVLayout
 from orbitflow_sglang.residency.store import ResidencyStore
+
+logger = logging.getLogger(__name__)
 
 
 class OrbitFlowKVPool(MHATokenToKVPool):
@@ -133,7 +136,8 @@ class OrbitFlowAllocator(PagedTokenToKVPoolAllocator):
         store = self._kvcache.runtime.store
         try:
             store.clear()
-        except ResidencyError:  # a copy had failed; nobody is left who could miss it
+        except ResidencyError as error:  # nobody is left who could miss what a copy lost
+            logger.warning("OrbitFlow: memory is emptied behind a failed copy: %s", error)
             store.abandon()
 
     def verify_byte_accounting(self) -> list[str]:

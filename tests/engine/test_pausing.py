@@ -17,7 +17,7 @@ from orbitflow_sglang.slo import SLO
 
 @pytest.fixture(scope="module")
 def engine() -> dict[str, ModuleType]:
-    names = ("control", "pausing", "pool", "retraction", "runtime")
+    names = ("control", "pausing", "pool", "retraction", "runtime", "scheduler")
     modules = {name: importlib.import_module(f"orbitflow_sglang.engine.{name}") for name in names}
     return modules | {"view": importlib.import_module("orbitflow_sglang.control.view")}
 
@@ -86,7 +86,13 @@ def test_a_line_is_looked_through_again_whenever_it_is_another_one(
     monkeypatch.setattr(module, "cached_prefix", lambda *_: (0, 0))
     control = object.__new__(module.SchedulerControl)
     control.targets = SimpleNamespace(of=lambda tokens: SLO(ttft_s=1.0))
-    control.controller = SimpleNamespace(finished=lambda view, _: ended.append(view.rid))
+    without_answer = []
+
+    def finished(view: Any, no_answer: bool) -> None:
+        ended.append(view.rid)
+        without_answer.extend([view.rid] if no_answer else [])
+
+    control.controller = SimpleNamespace(finished=finished)
     control.views, control.paused, control._line, control._waiting = {}, {}, [], {}
     control.longest_line = control._looked_up = 0
     control._aborted = set()
@@ -108,8 +114,10 @@ def test_a_line_is_looked_through_again_whenever_it_is_another_one(
     one.kv.holds_kv, one.output_ids = False, [7, 8, 9]  # retracted
     assert observed([], [three, one]) == [("three", "waiting", 0, 2), ("one", "waiting", 0, 5)]
     assert observed([], [three, one]) == [("three", "waiting", 0, 2), ("one", "waiting", 0, 5)]
+    control._aborted.add("three")
     assert observed([], []) == []
     assert (ended[0], sorted(ended), control.longest_line) == ("two", ["one", "three", "two"], 2)
+    assert without_answer == ["three"] and not control._aborted
 
 
 def waiting(rid: str) -> SimpleNamespace:
@@ -120,6 +128,37 @@ def waiting(rid: str) -> SimpleNamespace:
     )
     vars(req.sampling_params).update(custom_params=None, max_new_tokens=4)
     return req
+
+
+@pytest.mark.parametrize("defers", [True, False])
+def test_a_step_that_only_decodes_looks_for_grammars_that_are_ready(
+    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, defers: bool
+) -> None:
+    control = SimpleNamespace(pause=lambda batch: None, defers_prefill=lambda batch: defers)
+    monkeypatch.setattr(engine["scheduler"], "control_of", lambda scheduler: control)
+    queue: list[str] = []
+    grammars = SimpleNamespace(
+        has_waiting_grammars=lambda: True, get_ready_grammar_requests=lambda: ["compiled"]
+    )
+    scheduler = SimpleNamespace(grammar_manager=grammars, _add_request_to_queue=queue.append)
+    assert engine["scheduler"].defer_prefill(lambda *_: False, scheduler, "running") == defers
+    assert queue == (["compiled"] if defers else [])  # else SGLang does
+
+
+def test_memory_can_be_emptied_behind_a_failed_copy(
+    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, abandoned = engine["pool"], []
+
+    def broken() -> None:
+        raise module.ResidencyError("a copy failed")
+
+    store = SimpleNamespace(clear=broken, abandon=lambda: abandoned.append(True))
+    monkeypatch.setattr(module.PagedTokenToKVPoolAllocator, "clear", lambda self: None)
+    allocator = object.__new__(module.OrbitFlowAllocator)
+    allocator._kvcache = SimpleNamespace(runtime=SimpleNamespace(store=store))
+    allocator.clear()
+    assert abandoned == [True]
 
 
 @pytest.fixture()
