@@ -30,7 +30,7 @@ from orbitflow_sglang.config import (
     OrbitFlowConfig,
     flag,
 )
-from orbitflow_sglang.engine import hooks, profile_files, sizing
+from orbitflow_sglang.engine import fields, hooks, profile_files, sizing
 
 logger = logging.getLogger(__name__)
 ResolutionHook = Callable[[Any, Callable[[Any], None]], None]
@@ -121,6 +121,7 @@ def choose_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     All plugins have been loaded by now, so the launcher's hooks must be in place.
     """
     hooks.verify(hooks.LAUNCHER)
+    fields.check_asked_for(server_args)
     view = resolving_view(server_args)
     check_arguments(view)
     device = _device(view)

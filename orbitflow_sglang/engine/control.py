@@ -280,6 +280,7 @@ class SchedulerControl:
             paused = self.paused.pop(rid)
             self._scheduler.running_batch = pausing.put_back(self._scheduler.running_batch, paused)
             self._end_of_pause(self.views[rid])
+            self.counts["resumes"] += 1
 
     def retract_paused(self) -> str:
         """The paused request that has said least gives up its KV, to be computed again; its id."""
@@ -291,6 +292,7 @@ class SchedulerControl:
 
     def forget_all(self) -> None:
         """Every request that held KV has been ended, and every page given up."""
+        self.counts["left_paused"] += len(self.paused)
         self.paused.clear()
         self.decision = NOTHING
         self._clock.forget()
@@ -321,6 +323,7 @@ class SchedulerControl:
             "pauses": self.counts["pauses"],
             "pauses_missed": self.counts["pauses_missed"],
             "resumes": self.counts["resumes"],
+            "left_paused": self.counts["left_paused"],
             "mixed_steps": self.counts["mixed_steps"],
             "retractions": self.counts["retractions"],
             "longest_pause_s": self.longest_pause_s,
@@ -343,6 +346,7 @@ class SchedulerControl:
         """Somebody paused gives up its KV: room that SGLang, which does not see it, may have
         stopped looking for."""
         self._scheduler.running_batch.batch_is_full = False
+        self.counts["left_paused"] += 1
         return self.paused.pop(rid)
 
     def _drop_finished(self) -> None:

@@ -30,6 +30,7 @@ def _namespace() -> type:
 
 
 OrbitFlow = _namespace()
+_asked_for = False  # by a record made in this process
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,7 @@ def constructed(record: Any) -> None:
 
     if hooks.child_role() is not None:
         return
+    global _asked_for
     wanted = config.from_arguments(record)
     if wanted is not None:
         from sglang.srt.plugins.hook_registry import HookRegistry
@@ -54,3 +56,16 @@ def constructed(record: Any) -> None:
 
         launcher.enable(wanted)
         HookRegistry.apply_hooks()
+        _asked_for = True
+
+
+def check_asked_for(record: Any) -> None:
+    """Raise ``ConfigError`` for a server that did not ask for OrbitFlow behind one that did.
+
+    Hooks stay for as long as the process lives, and the processes it starts would take part.
+    """
+    if _asked_for and not getattr(record, "enable_orbitflow", False):
+        raise config.ConfigError(
+            "an earlier sgl.Engine of this process had enable_orbitflow=True and this one has not, "
+            "but OrbitFlow stays on in a process: give it here too, or start another process"
+        )

@@ -259,6 +259,9 @@ def assert_nothing_is_left(client: Client) -> None:
         assert state["idle_checks"] > 0
         assert state["failed_idle_checks"] == 0
         assert state["num_requests"] == 0
+        if (control := state["control"]) is not None:
+            # Who left: finished in a step under way, was aborted, or gave up its KV.
+            assert control["pauses"] == control["resumes"] + control["left_paused"], control
     client.flush_cache()
     for state in client.orbitflow():
         assert state is not None

@@ -26,6 +26,9 @@ BY_NAME = """engine = sglang.Engine(
         orbitflow_arena_tokens=2048, orbitflow_host_memory_gb=0.2,
     )"""
 
+ASKED_BEFORE = """sglang.ServerArgs(model_path=model, enable_orbitflow=True)
+    engine = sglang.Engine(model_path=model, dtype="float32")"""
+
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
@@ -75,6 +78,14 @@ def test_an_engine_without_the_patches_says_how_to_get_them(tmp_path: Path) -> N
         r"`python -m orbitflow_sglang\.patches apply`",
         run.stderr,
     ), run.stderr[-2000:]
+
+
+def test_an_engine_that_does_not_ask_is_refused_behind_one_that_did(
+    patched: dict[str, str], tmp_path: Path
+) -> None:
+    run = run_python(*engine_script(tmp_path, ASKED_BEFORE), env=patched)
+    assert run.returncode != 0
+    assert "ConfigError: an earlier sgl.Engine of this process had" in run.stderr
 
 
 def test_the_help_of_serve_shows_the_flags_with_the_patches(patched: dict[str, str]) -> None:
