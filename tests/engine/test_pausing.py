@@ -7,6 +7,7 @@ test_storms.py and test_faults.py.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,7 @@ def test_where_a_paused_request_ends_newcomers_are_looked_at_again(
     monkeypatch.setattr(engine["pausing"], "end", lambda scheduler, paused: ended.append(paused))
     control = object.__new__(engine["control"].SchedulerControl)
     control._scheduler = SimpleNamespace(running_batch=SimpleNamespace(batch_is_full=True))
+    control.counts = Counter()
     control.paused = {"one": "first", "two": "second"}
     control.views = dict.fromkeys(control.paused, SimpleNamespace(settled=True))
     control.abort("three", everything=False)
@@ -65,6 +67,7 @@ def test_where_a_paused_request_ends_newcomers_are_looked_at_again(
     control.abort("one", everything=False)
     assert not control._scheduler.running_batch.batch_is_full
     assert (ended, control.paused) == (["first"], {"two": "second"})
+    assert control.counts == {"left_paused": 1}
 
 
 @pytest.mark.parametrize(("at_the_door", "came"), [(3.0, 3.0), (0.0, 5.0)])
