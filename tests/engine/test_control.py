@@ -174,6 +174,7 @@ def test_tokens_are_those_of_stock_sglang(
     states = orbitflow_states(server)
     assert len(states) == (2 if "--dp-size" in setting.ranks else 1)
     controls = [state["control"] for state in states]
+    assert all(control["retractions"] == 0 for control in controls), controls
     assert sum(control["pauses"] for control in controls) >= len(WORKLOAD)
     assert all(state["tiered_steps"] > 0 for state in states)
     assert sum(control["mixed_steps"] for control in controls) >= setting.mixed_steps, controls

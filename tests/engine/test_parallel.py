@@ -82,7 +82,7 @@ def test_replicas_answer_as_stock_sglang(
     assert not result.failures, result
     paused_at_least_once(found, set())
     for state in orbitflow_states(replicas):  # each of them has served
-        assert state["control"]["resumes"] > 0
+        assert state["control"]["resumes"] > 0 and state["control"]["retractions"] == 0
         assert state["tiered_steps"] > 0
     assert_nothing_is_left(replicas)
 
