@@ -87,6 +87,10 @@ class PlannerWorker:
         """The answer that has come, if any. Also looks after the process."""
         answer = self._receive() if self._process is not None else None
         self._move()
+        # Only here, behind a look for its answer: while all fits the device, nobody looks.
+        asked = self._asked
+        if asked is not None and time.monotonic() - asked.moved_s > self._timeout_s:
+            self._failed()
         return answer
 
     @property
@@ -153,12 +157,9 @@ class PlannerWorker:
             self._start()
             if self._process is None:
                 return
-        if self._asked is not None and time.monotonic() - self._asked.sent_s > self._timeout_s:
-            self._failed()
-            return
         if self._asked is None and self._waiting is not None:
             self._asked, self._waiting = self._waiting, None
-            self._asked.sent_s = time.monotonic()
+            self._asked.moved_s = time.monotonic()
             self._input += self._asked.line()
         if self._input:
             self._send(self._process)
@@ -173,6 +174,8 @@ class PlannerWorker:
             self._failed()
             return
         del self._input[:sent]
+        if self._asked is not None:
+            self._asked.moved_s = time.monotonic()
 
     def _receive(self) -> Answer | None:
         assert self._process is not None and self._process.stdout is not None
@@ -215,7 +218,7 @@ class _Question:
     problem: PlanningProblem
     in_force: int | None
     steps: int
-    sent_s: float = 0.0
+    moved_s: float = 0.0  # when the worker last took some of it
 
     def line(self) -> bytes:
         values = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from problems import random_problem
 from orbitflow_sglang.planner.problem import PlanningProblem, Unit
 from orbitflow_sglang.planner.problem_file import problem_as_json
 from orbitflow_sglang.planner.solver import solve
-from orbitflow_sglang.planner.worker import COMMAND, Answer, PlannerWorker
+from orbitflow_sglang.planner.worker import ANSWER_TIMEOUT_S, COMMAND, Answer, PlannerWorker
 
 LIMIT_S = 300.0  # of a wait that ends with an error; a busy machine is slow
 
@@ -178,6 +179,33 @@ def test_a_hung_worker_is_replaced(
     wait_for(lambda: worker.poll() or worker.counts["failed"])
     wait_for(lambda: worker.poll() or process.returncode is not None)
     assert not worker.busy
+
+
+def test_an_answer_that_nobody_looked_at_is_no_hang(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start()
+    worker.submit(one)
+    assert worker._process is not None and worker._asked is not None
+    select.select([worker._process.stdout], [], [], LIMIT_S)
+    worker._asked.moved_s -= 2 * ANSWER_TIMEOUT_S  # all fitted the device, so nobody asked
+    worker.submit(one)
+    for _ in range(2):
+        answer(worker)
+    assert worker.counts["failed"] == 0 and not worker.busy
+
+
+def test_a_worker_that_waits_for_the_rest_of_a_problem_does_not_hang(
+    start: Callable[..., PlannerWorker],
+) -> None:
+    worker = start("import sys; sys.stdin.buffer.read()")
+    units = random_problem(np.random.default_rng(0), 3000, 8).units
+    worker.submit(PlanningProblem(8, 10**6, 1e-3, 1e-6, units))
+    assert worker._process is not None and worker._asked is not None
+    select.select([], [worker._process.stdin], [], LIMIT_S)  # it has taken what there was
+    worker._asked.moved_s -= 2 * ANSWER_TIMEOUT_S
+    assert worker._input and worker.poll() is None
+    assert worker.counts["failed"] == 0 and worker.busy
 
 
 def test_a_worker_that_cannot_start_is_tried_again_and_never_raises(one: PlanningProblem) -> None:
