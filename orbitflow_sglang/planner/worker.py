@@ -9,6 +9,7 @@ answer is believed before ``plan_faults`` has passed it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from orbitflow_sglang.planner.evaluation import Memory, plan_faults
 from orbitflow_sglang.planner.incremental import IncrementalPlanner, Outcome
 from orbitflow_sglang.planner.problem import Plan, PlanningProblem, Status
 from orbitflow_sglang.planner.problem_file import parse_problem, problem_as_json
+
+logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "orbitflow_sglang.planner.worker")
 ANSWER_TIMEOUT_S = 5.0  # then the worker hangs, and is replaced
@@ -90,7 +93,7 @@ class PlannerWorker:
         # Only here, behind a look for its answer: while all fits the device, nobody looks.
         asked = self._asked
         if asked is not None and time.monotonic() - asked.moved_s > self._timeout_s:
-            self._failed()
+            self._failed(f"has not answered for {self._timeout_s:g} s")
         return answer
 
     @property
@@ -116,8 +119,8 @@ class PlannerWorker:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )  # fmt: skip
-        except OSError:
-            self._failed()
+        except OSError as error:
+            self._failed(f"cannot start ({error})")
             return
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
@@ -138,9 +141,13 @@ class PlannerWorker:
     def _reap(self) -> None:
         self._ended = [process for process in self._ended if process.poll() is None]
 
-    def _failed(self) -> None:
+    def _failed(self, what: str) -> None:
         """The process is of no use any more: replace it, after a pause."""
         self.counts["failed"] += 1
+        logger.warning(
+            "OrbitFlow's planner %s: replaced in %.1f s; plans are simpler ones until then",
+            what, self._restart_s,
+        )  # fmt: skip
         self._stop()
         self._asked = None
         self._restart_at = time.monotonic() + self._restart_s
@@ -170,8 +177,8 @@ class PlannerWorker:
             sent = os.write(process.stdin.fileno(), self._input)
         except BlockingIOError:
             return
-        except OSError:
-            self._failed()
+        except OSError as error:
+            self._failed(f"takes no question ({error})")
             return
         del self._input[:sent]
         if self._asked is not None:
@@ -193,7 +200,7 @@ class PlannerWorker:
         for line in lines:
             answer = self._answer(bytes(line)) or answer
         if ended:
-            self._failed()
+            self._failed("has ended")
         return answer
 
     def _answer(self, line: bytes) -> Answer | None:
@@ -203,8 +210,9 @@ class PlannerWorker:
         asked, self._asked = self._asked, None
         try:
             answer = _read_answer(line, asked, self._plans)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
             self.counts["invalid"] += 1
+            logger.warning("OrbitFlow's planner gave no plan that can be used: %r", error)
             return None
         self.counts[answer.outcome] += 1
         self._restart_s = FIRST_RESTART_S
@@ -245,6 +253,8 @@ def _read_answer(line: bytes, asked: _Question, plans: OrderedDict[int, Plan]) -
     values, problem = orjson.loads(line), asked.problem
     if values["number"] != asked.number:
         raise ValueError("an answer to another question")
+    if "error" in values:
+        raise ValueError(values["error"])
     outcome, status = values["outcome"], values["status"]
     if outcome not in get_args(Outcome) or status not in get_args(Status):
         raise ValueError(f"{outcome}, {status}")
@@ -303,7 +313,6 @@ def serve(requests: Iterable[bytes], answers: BinaryIO) -> None:
             answer = _answer(planner, answered, request)
         except Exception as error:  # the next request may be a better one
             answer = {"number": request["number"], "error": repr(error)}
-            print(f"orbitflow planner: {error!r}", file=sys.stderr, flush=True)
         answers.write(orjson.dumps(answer) + b"\n")
         answers.flush()
 

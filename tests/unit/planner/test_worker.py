@@ -110,11 +110,12 @@ def test_a_range_beyond_a_unit_that_has_lost_pages_is_no_error(
 
 
 def test_a_problem_that_cannot_be_read_costs_no_process(
-    start: Callable[..., PlannerWorker], one: PlanningProblem
+    start: Callable[..., PlannerWorker], one: PlanningProblem, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = start()
     worker.submit(replace(one, layers=-3))
     wait_for(lambda: worker.poll() or worker.counts["invalid"])
+    assert "no plan that can be used: ValueError" in caplog.text
     worker.submit(one)
     answer(worker)
     assert worker.counts == {"invalid": 1, "solved": 1}
@@ -170,7 +171,7 @@ def test_a_killed_worker_is_replaced(
 
 
 def test_a_hung_worker_is_replaced(
-    start: Callable[..., PlannerWorker], one: PlanningProblem
+    start: Callable[..., PlannerWorker], one: PlanningProblem, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = start("import time; time.sleep(600)", answer_timeout_s=0.05)
     worker.submit(one)
@@ -179,6 +180,7 @@ def test_a_hung_worker_is_replaced(
     wait_for(lambda: worker.poll() or worker.counts["failed"])
     wait_for(lambda: worker.poll() or process.returncode is not None)
     assert not worker.busy
+    assert "planner has not answered for 0.05 s: replaced in 0.5 s" in caplog.text
 
 
 def test_an_answer_that_nobody_looked_at_is_no_hang(
