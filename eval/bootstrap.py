@@ -1,7 +1,8 @@
-"""Intervals by resampling requests, and when two contestants count as a tie.
+"""Intervals by resampling, and when two contestants count as a tie.
 
-Requests of one run share its queues, so they are not independent and the intervals are on
-the narrow side: the differences of the single repeats are to be read beside them.
+Requests of one run share its queues: two runs of the same differ by more than their requests,
+resampled one by one, do. So differences are resampled in two levels, repeats and the requests
+in each. A share's interval is of the requests that there were.
 """
 
 from __future__ import annotations
@@ -45,16 +46,33 @@ def share_interval(counted: Sequence[float], of: Sequence[float], seed: int = 0)
 def paired_difference(
     ours: Mapping[Key, float], theirs: Mapping[Key, float], seed: int = 0
 ) -> Interval:
-    """Of the mean of ``ours`` minus that of ``theirs`` over the requests that both served.
+    """Of the mean of ``ours`` minus that of ``theirs`` over the requests that both served;
+    of a single repeat, how much that one differs from others is not in the interval.
 
     Raises ``ValueError`` where there is none: they did not see the same trace.
     """
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise ValueError("the two have no request in common")
-    differences = np.array([ours[key] - theirs[key] for key in common], dtype=float)
-    means = differences[_resampled(len(common), seed)].mean(axis=1)
-    return _interval(float(differences.mean()), means)
+    repeats: dict[int, list[float]] = {}
+    for key in common:
+        repeats.setdefault(key[0], []).append(ours[key] - theirs[key])
+    each = [np.array(differences) for differences in repeats.values()]
+    return _interval(float(np.concatenate(each).mean()), _two_level_means(each, seed))
+
+
+def _two_level_means(repeats: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """Means of ``DRAWS`` samples: as many repeats as there are, as many requests of each."""
+    chance = np.random.default_rng(seed)
+    times = chance.multinomial(len(repeats), [1 / len(repeats)] * len(repeats), size=DRAWS)
+    sums, counts = np.zeros(DRAWS), np.zeros(DRAWS)
+    for taken, values in zip(times.T, repeats, strict=True):
+        for turn in range(len(repeats)):
+            draws = np.flatnonzero(taken > turn)
+            picked = chance.integers(0, len(values), size=(len(draws), len(values)))
+            sums[draws] += values[picked].sum(axis=1)
+            counts[draws] += len(values)
+    return sums / counts
 
 
 def _resampled(count: int, seed: int) -> np.ndarray:

@@ -1,13 +1,13 @@
 """``make eval-live``: serving policies compared on real servers, in real time ("cpu-live").
 
-For every repeat, load and contestant a server is started, warmed up, given the same trace
-of requests as all the others, and stopped; one is alive at a time, in an order drawn anew for
+For every repeat, load and contestant a server is started, warmed up, given the same trace of
+requests as all the others, and stopped; one is alive at a time, in an order drawn anew for
 each repeat. What each client saw is stored request by request, and summarised with intervals
-over requests and differences paired by request. A campaign takes hours and can be stopped at
-any time: --resume goes on where it was, unless what decides has changed; where only code has,
---other-code keeps what it made, and each run says which code that was. Two cores must be left
-alone meanwhile; a run in which others used more than 0.2 of them says so, and --redo-disturbed 0.2
-repeats it.
+over requests, and differences paired by request and resampled by repeat too. A campaign takes
+hours and can be stopped at any time: --resume goes on where it was, unless what decides has
+changed; where only code has, --other-code keeps what it made, and each run says which code
+that was. Two cores must be left alone meanwhile; a run in which others used more than 0.2 of
+them says so, and --redo-disturbed 0.2 repeats it.
 
 Load 1 is the rate at which `queue` (no offload) drains the whole trace offered at time 0;
 a repeat has a trace and prompts of its own, the load is that of the first one's drain.

@@ -48,6 +48,19 @@ def test_pairing_sees_what_two_intervals_would_not() -> None:
     assert not difference.tie
 
 
+def test_what_differs_from_repeat_to_repeat_widens_the_interval() -> None:
+    theirs = {(repeat, f"r{i}"): 0.0 for repeat in range(3) for i in range(200)}
+    alike = {key: float(int(key[1][1:]) < 10) for key in theirs}  # 5 points better in each
+    once = {key: float(key[0] == 0 and int(key[1][1:]) < 30) for key in theirs}  # 15 in one
+    assert paired_difference(alike, theirs).value == paired_difference(once, theirs).value
+    assert not paired_difference(alike, theirs).tie
+    assert paired_difference(once, theirs).tie
+    of_one = {key: value for key, value in once.items() if key[0] == 0}
+    interval = paired_difference(of_one, theirs)
+    width = 2 * 1.96 * (0.15 * 0.85 / 200) ** 0.5
+    assert interval.high - interval.low == pytest.approx(width, rel=0.15)
+
+
 def test_only_requests_that_both_served_are_paired() -> None:
     ours = {(0, "a"): 1.0, (1, "a"): 0.0}
     assert paired_difference(ours, {(0, "a"): 0.0}).value == 1.0
