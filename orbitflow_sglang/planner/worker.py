@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "orbitflow_sglang.planner.worker")
 ANSWER_TIMEOUT_S = 5.0  # then the worker hangs, and is replaced
+FIRST_ANSWER = 3  # times as long: on a busy machine its imports take seconds
 FIRST_RESTART_S, LAST_RESTART_S = 0.5, 60.0  # pause before a restart: doubled each time
 READ_BYTES = 1 << 16
 MAX_ANSWER_BYTES = 1 << 26
@@ -64,6 +65,7 @@ class PlannerWorker:
         self._command = list(command)
         self._timeout_s = answer_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._has_answered = False
         self._restart_s, self._restart_at = FIRST_RESTART_S, 0.0
         self._number = 0
         self._waiting: _Question | None = None  # not sent yet: the worker is busy
@@ -91,9 +93,9 @@ class PlannerWorker:
         answer = self._receive() if self._process is not None else None
         self._move()
         # Only here, behind a look for its answer: while all fits the device, nobody looks.
-        asked = self._asked
-        if asked is not None and time.monotonic() - asked.moved_s > self._timeout_s:
-            self._failed(f"has not answered for {self._timeout_s:g} s")
+        patience_s = self._timeout_s * (1 if self._has_answered else FIRST_ANSWER)
+        if self._asked is not None and time.monotonic() - self._asked.moved_s > patience_s:
+            self._failed(f"has not answered for {patience_s:g} s")
         return answer
 
     @property
@@ -114,6 +116,7 @@ class PlannerWorker:
         self._input.clear()
         self._output.clear()
         self._asked = None
+        self._has_answered = False
         try:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
@@ -208,6 +211,7 @@ class PlannerWorker:
             self.counts["invalid"] += 1
             return None
         asked, self._asked = self._asked, None
+        self._has_answered = True
         try:
             answer = _read_answer(line, asked, self._plans)
         except (ValueError, KeyError, TypeError) as error:

@@ -180,7 +180,23 @@ def test_a_hung_worker_is_replaced(
     wait_for(lambda: worker.poll() or worker.counts["failed"])
     wait_for(lambda: worker.poll() or process.returncode is not None)
     assert not worker.busy
-    assert "planner has not answered for 0.05 s: replaced in 0.5 s" in caplog.text
+    assert "planner has not answered for 0.15 s: replaced in 0.5 s" in caplog.text
+
+
+def test_a_worker_that_is_slow_to_start_does_not_hang(
+    start: Callable[..., PlannerWorker], one: PlanningProblem
+) -> None:
+    worker = start()
+    worker.submit(one)
+    assert worker._asked is not None
+    worker._asked.moved_s -= 2 * ANSWER_TIMEOUT_S  # at its imports
+    answer(worker)
+    assert worker._process is not None
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    worker.submit(one)
+    worker._asked.moved_s -= 2 * ANSWER_TIMEOUT_S
+    wait_for(lambda: worker.poll() or worker.counts["failed"])
+    assert worker.counts["failed"] == 1
 
 
 def test_an_answer_that_nobody_looked_at_is_no_hang(
