@@ -39,9 +39,10 @@ DECISIVE = (  # what results depend on
     *("eval/sim/*", "eval/metrics.py", "eval/workload/*.py", "eval/traces/*.gz"),
 )
 AROUND = {  # but not these
-    ROOT / "eval" / "sim" / f"{name}.py"
-    for name in ("against_live", "campaign", "figures", "paper_table", "report", "studies",
-                 "tables")
+    *(ROOT / "eval" / "sim" / f"{name}.py"
+      for name in ("against_live", "campaign", "figures", "paper_table", "report", "studies",
+                   "tables")),
+    ROOT / "orbitflow_sglang" / "planner" / "worker.py",  # the server's process for planning
 }  # fmt: skip
 Row = dict[str, Any]
 
