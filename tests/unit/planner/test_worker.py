@@ -19,9 +19,16 @@ from problems import random_problem
 from orbitflow_sglang.planner.problem import PlanningProblem, Unit
 from orbitflow_sglang.planner.problem_file import problem_as_json
 from orbitflow_sglang.planner.solver import solve
-from orbitflow_sglang.planner.worker import ANSWER_TIMEOUT_S, COMMAND, Answer, PlannerWorker
+from orbitflow_sglang.planner.worker import (
+    ANSWER_TIMEOUT_S,
+    COMMAND,
+    FIRST_ANSWER,
+    Answer,
+    PlannerWorker,
+)
 
 LIMIT_S = 300.0  # of a wait that ends with an error; a busy machine is slow
+LONG_AGO_S = 2 * FIRST_ANSWER * ANSWER_TIMEOUT_S  # longer than any answer may take
 
 
 @pytest.fixture
@@ -206,7 +213,7 @@ def test_an_answer_that_nobody_looked_at_is_no_hang(
     worker.submit(one)
     assert worker._process is not None and worker._asked is not None
     select.select([worker._process.stdout], [], [], LIMIT_S)
-    worker._asked.moved_s -= 2 * ANSWER_TIMEOUT_S  # all fitted the device, so nobody asked
+    worker._asked.moved_s -= LONG_AGO_S  # all fitted the device, so nobody asked
     worker.submit(one)
     for _ in range(2):
         answer(worker)
@@ -221,7 +228,7 @@ def test_a_worker_that_waits_for_the_rest_of_a_problem_does_not_hang(
     worker.submit(PlanningProblem(8, 10**6, 1e-3, 1e-6, units))
     assert worker._process is not None and worker._asked is not None
     select.select([], [worker._process.stdin], [], LIMIT_S)  # it has taken what there was
-    worker._asked.moved_s -= 2 * ANSWER_TIMEOUT_S
+    worker._asked.moved_s -= LONG_AGO_S
     assert worker._input and worker.poll() is None
     assert worker.counts["failed"] == 0 and worker.busy
 
