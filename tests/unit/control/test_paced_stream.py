@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class Source:
     steps: list[tuple[float, int]]
     incremental: bool = False
     error: Exception | None = None
+    silent_s: float = 0.0  # between the last chunk and the end
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[float, int, None]] = field(default_factory=list)
@@ -62,6 +64,8 @@ class Source:
             for index, (wait_s, tokens) in enumerate(self.steps):
                 await asyncio.sleep(wait_s)
                 yield self.chunk(tokens, last=index == len(self.steps) - 1 and self.error is None)
+            if self.silent_s:
+                await asyncio.sleep(self.silent_s)
             if self.error is not None:
                 raise self.error
         finally:
@@ -210,6 +214,19 @@ def test_an_error_comes_behind_what_was_there_before_it() -> None:
                 tokens.append(count)
         assert tokens == [1, 5]
         assert source.closed
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("disconnected")])
+def test_an_end_behind_all_tokens_is_passed_on(error: ValueError | None) -> None:
+    async def scenario(loop: VirtualLoop) -> None:
+        source = Source([(0.5, 1)] * 2, error=error, silent_s=9.0)  # the reader has them by then
+        tokens = []
+        with nullcontext() if error is None else pytest.raises(ValueError, match="disconnected"):
+            async for _, count in stream(loop, source, PACED):
+                tokens.append(count)
+        assert tokens == [1, 2] and loop.time() == pytest.approx(110.0)
 
     run(scenario)
 
