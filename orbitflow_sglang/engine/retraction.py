@@ -16,6 +16,7 @@ from orbitflow_sglang.config import flag
 from orbitflow_sglang.engine import pausing
 from orbitflow_sglang.engine.control import SchedulerControl
 from orbitflow_sglang.engine.runtime import Runtime
+from orbitflow_sglang.residency.layout import most_logical_pages
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ def retracted(rids: list[str]) -> None:
     assert runtime is not None and control is not None
     control.counts["retractions"] += len(rids)
     capacity, layout = runtime.store.capacity, runtime.store.layout
-    pages = (capacity.main_pages + capacity.host_pages) // layout.layers
-    if capacity.logical_pages < pages:
+    most = most_logical_pages(capacity.main_pages, capacity.host_pages, layout.layers)
+    if capacity.logical_pages < most:
         cure = "--max-total-tokens"
     else:
         cure = flag("host_memory_gb" if capacity.host_pages else "arena_tokens")

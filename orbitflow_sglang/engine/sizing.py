@@ -10,7 +10,7 @@ from typing import TypeVar
 import psutil
 
 from orbitflow_sglang.config import ConfigError, OrbitFlowConfig, flag
-from orbitflow_sglang.residency.layout import Capacity
+from orbitflow_sglang.residency.layout import Capacity, most_logical_pages
 
 logger = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
@@ -49,7 +49,7 @@ def resolve_capacity(config: OrbitFlowConfig, budget: Budget, free_host_bytes: i
     if spills:
         free = free_host_bytes
         host = _host_bytes(config, arena * page_bytes, free, budget.ranks) // page_bytes
-    logical = (main + host) // layers
+    logical = most_logical_pages(main, host, layers)
     if budget.max_total_tokens is not None:
         logical = min(logical, budget.max_total_tokens // size)
     return Capacity(arena_pages=arena, ring_pages=ring, host_pages=host, logical_pages=logical)

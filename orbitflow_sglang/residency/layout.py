@@ -51,6 +51,15 @@ class KVLayout:
         return k, v
 
 
+def most_logical_pages(main_pages: int, host_pages: int, layers: int) -> int:
+    """Page ids that there is room for in arena and host store together.
+
+    One less where there are both: the tail of who comes back takes its places in the arena
+    before it gives up those on the host.
+    """
+    return (main_pages + host_pages) // layers - bool(host_pages)
+
+
 @dataclass(frozen=True)
 class Capacity:
     """How many pages each place holds. ``arena_pages`` includes the ring."""

@@ -62,7 +62,7 @@ class ResidencyStore:
         self.engine = self.new_engine(self.arena, self.host, link_bytes_per_s)
         self._gathering = Gathering(self.table, self.arena, self.engine.compute)
         self.ring = self._new_ring()
-        self.arrivals = self._no_arrivals()
+        self.arrivals = Arrivals(self.table, self.engine, self._grant_home, self._grant_extents)
         self._in_lockstep = in_lockstep
         self._write_backs = WriteBacks(self.table, self._in_lockstep)
         # Arena pages kept free for the tails of the next steps: nothing is fetched into them.
@@ -147,7 +147,7 @@ class ResidencyStore:
         for part in (self.table, self.arena, self.host):
             part.reset()
         self.ring = self._new_ring(self.ring.stall_s)
-        self.arrivals = self._no_arrivals()
+        self.arrivals = Arrivals(self.table, self.engine, self._grant_home, self._grant_extents)
         self._write_backs = WriteBacks(self.table, self._in_lockstep)
 
     def renew(self) -> None:
@@ -373,14 +373,16 @@ class ResidencyStore:
             return
         self.ring.forget(pages)
         self._await_host(slice(None), pages)
-        layers, columns = np.nonzero(table.state[:, pages] == PageState.HOST)
-        away = pages[columns]
-        self._make_room(len(away))
-        home = self.arena.take_pages(len(away))
-        table.device_page[layers, away] = home
-        self.engine.fetch(table.host_page[layers, away], home).wait()
-        layers, columns = np.nonzero(table.host_page[:, pages] >= 0)
-        self._drop_host_copies(layers, pages[columns])
+        self._make_room(away := int((table.state[:, pages] == PageState.HOST).sum()))
+        # Where both are full, what one page gives up on the host makes room for the next.
+        for part in [pages] if self.arena.num_free >= away else pages[:, None]:
+            layers, columns = np.nonzero(table.state[:, part] == PageState.HOST)
+            self._make_room(len(layers))
+            home = self.arena.take_pages(len(layers))
+            table.device_page[layers, part[columns]] = home
+            self.engine.fetch(table.host_page[layers, part[columns]], home).wait()
+            layers, columns = np.nonzero(table.host_page[:, part] >= 0)
+            self._drop_host_copies(layers, part[columns])
 
     def _cached_pages(self) -> np.ndarray:
         """Pages of no live request that are in the arena, least recently used first."""
@@ -479,11 +481,8 @@ class ResidencyStore:
     # --- what the ring asks for -----------------------------------------------
 
     def _new_ring(self, stall_s: float = 0.0) -> StagingRing:
-        grant, await_host = self._grant_home, self._await_host
-        return StagingRing(self.table, self.arena, self.engine, grant, await_host, stall_s)
-
-    def _no_arrivals(self) -> Arrivals:
-        return Arrivals(self.table, self.engine, self._grant_home, self._grant_extents)
+        calls = self._grant_home, self._await_host
+        return StagingRing(self.table, self.arena, self.engine, *calls, stall_s)
 
     def _grant_home(self, count: int) -> np.ndarray:
         room = max(0, self.arena.num_free - self.reserve_pages)

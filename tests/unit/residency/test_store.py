@@ -17,6 +17,7 @@ from residency_stores import (
 )
 
 from orbitflow_sglang.residency import ResidencyError
+from orbitflow_sglang.residency.layout import most_logical_pages
 from orbitflow_sglang.residency.page_table import PageState
 from orbitflow_sglang.residency.store import LayerPass, ResidencyStore, Step
 
@@ -333,6 +334,25 @@ def test_a_reopened_page_has_no_second_copy() -> None:
 
 
 # --- ownership -------------------------------------------------------------------
+
+
+def test_tails_come_back_although_arena_and_host_are_full() -> None:
+    """With one page to spare, as ``most_logical_pages`` leaves it, however many they are."""
+    main = host = 3 * LAYERS
+    logical = most_logical_pages(main, host, LAYERS)
+    assert logical == 5
+    store = make_store(LAYERS, SIZE, main, host=host, logical=logical)
+    for page in (1, 2):
+        run(store, tail_step(page))
+    store.place(ids(1, 2), ON_HOST)
+    settle(store, [1, 2])
+    run(store, prefill_step([3, 4, 5], SIZE, idle_pages=ids(1, 2)))
+    assert (store.arena.num_free, store.host.num_free) == (0, LAYERS)
+    slots = ids(SIZE + 1, 2 * SIZE + 1)
+    tails = {"open_pages": ids(1, 2), "idle_pages": ids(3, 4, 5)}
+    run(store, Step([ids(1), ids(2)], [SIZE, SIZE], slots, **tails))
+    assert states(store, 1) == states(store, 2) == {"DEVICE"}
+    run(store, read_step([3, 4, 5], SIZE, idle_pages=ids(1, 2)))
 
 
 def test_free_with_copies_under_way() -> None:
