@@ -197,11 +197,12 @@ def compile_modules(count: int | None) -> None:
 
 def compile_pages(arch: str, work: Path) -> Path:
     """Our kernels for that architecture, under the name by which they are found in a cache."""
-    from orbitflow_sglang.residency.kernels import compile_library, library_name
+    from orbitflow_sglang.residency.kernels import architecture, compile_library, library_name
 
-    architecture = f"sm_{arch.replace('.', '')}"
-    library = work / library_name(architecture)
-    compile_library(library, (architecture,))
+    major, minor = arch.rstrip("a").split(".")  # FlashInfer's name of it
+    name = architecture(int(major), int(minor))
+    library = work / library_name(name)
+    compile_library(library, (name,))
     return library
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -137,11 +138,12 @@ class Probe:
             raise RuntimeError(f"{len(pages)} whole extents were expected to be free")
         ids = torch.from_numpy(starts.astype(np.int64))
         noise = np.random.default_rng(0)
+        dtype = self._scheduler.token_to_kv_pool_allocator.get_kvcache().dtype
         for layer in range(store.layout.layers):
             for part in store.arena.layer_view(layer):
                 # One page for all: random numbers for a long context would take seconds.
-                page = torch.from_numpy(noise.standard_normal(part.shape[1:], dtype=np.float32))
-                part[ids.to(part.device)] = page.to(part)
+                page = kv_noise(noise, part.shape[1:], dtype).view(part.dtype)
+                part[ids.to(part.device)] = page.to(part.device)
 
     def _forward(self, batch: ScheduleBatch) -> float:
         self._synchronize()
@@ -160,6 +162,12 @@ class Probe:
     def _synchronize(self) -> None:
         device: Any = torch.get_device_module(self._device)
         device.synchronize()
+
+
+def kv_noise(random: np.random.Generator, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Random KV of ``dtype``. What stores 8 bits as bytes has to view it: numbers cast to bytes
+    would be NaN among others."""
+    return torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32)).to(dtype)
 
 
 def _live(batch: ScheduleBatch) -> list[LiveRequest]:

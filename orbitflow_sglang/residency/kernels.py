@@ -303,21 +303,25 @@ def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
     temporary.replace(target)
 
 
-def library_name(architecture: str) -> str:
-    """Of the file in a cache."""
+def architecture(major: int, minor: int) -> str:
+    """What our kernels are compiled for on a device of that compute capability."""
+    return f"sm_{major}{minor}{'a' if major == 9 else ''}"
+
+
+def library_name(name: str) -> str:
+    """Of the file in a cache, for the architecture of that name."""
     source = hashlib.sha256((SOURCES / "pages.cu").read_bytes()).hexdigest()[:16]
-    return f"pages-{source}-{architecture}.so"
+    return f"pages-{source}-{name}.so"
 
 
 def _library(cache: Path) -> Path:
     """The compiled library for the current device; compiled now if it has to be."""
     if given := os.environ.get(PREBUILT_ENV):
         return Path(given)
-    major, minor = torch.cuda.get_device_capability()
-    architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
-    library = cache / library_name(architecture)
+    name = architecture(*torch.cuda.get_device_capability())
+    library = cache / library_name(name)
     if not library.exists():
-        compile_library(library, (architecture,))
+        compile_library(library, (name,))
     return library
 
 

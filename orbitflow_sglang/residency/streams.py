@@ -71,22 +71,28 @@ class PageCopier(Protocol):
 
 
 class StreamTransfer(Transfer):
-    """A copy on a stream. ``waits``: where waiting for it counts as a stall; None: nowhere."""
+    """A copy on a stream. ``waits``: where waiting for it counts as a stall; None: nowhere.
+    ``source`` is kept until compute waits for the copy, or it has ended: who is given that memory
+    next is behind it then."""
 
     def __init__(
-        self, nbytes: int, streams: Streams, event: Event, waits: deque[Event] | None
+        self, nbytes: int, streams: Streams, event: Event, waits: deque[Event] | None, source: Any
     ) -> None:
         super().__init__(nbytes)
         self._streams = streams
         self._waits = waits
+        self._source = source
         self.event = event
 
     @property
     def done(self) -> bool:
-        return self._streams.query(self.event)
+        if ended := self._streams.query(self.event):
+            self._source = None
+        return ended
 
     def wait(self) -> None:
         waited = self._streams.compute_waits(self.event)
+        self._source = None
         if self._waits is not None:
             self._waits.append(waited)
 
@@ -128,7 +134,7 @@ class StreamTransferEngine(TransferEngine):
             for source, target in zip((k, v), self._host, strict=True):
                 self._copier.rows(target, source, host_pages, first_rows)
 
-        return self._submit(1, copy, len(host_pages))
+        return self._submit(1, copy, len(host_pages), source=(k, v))
 
     def take_stall_s(self) -> float:
         seconds = 0.0
@@ -157,10 +163,12 @@ class StreamTransferEngine(TransferEngine):
         self._count()
         return self._stats[1]
 
-    def _submit(self, direction: int, copy: Callable[[], None], pages: int) -> Transfer:
+    def _submit(
+        self, direction: int, copy: Callable[[], None], pages: int, source: Any = None
+    ) -> Transfer:
         event = self._streams.copy(direction, copy)
-        nbytes = pages * self._page_bytes
-        transfer = StreamTransfer(nbytes, self._streams, event, None if direction else self._waits)
+        nbytes, waits = pages * self._page_bytes, None if direction else self._waits
+        transfer = StreamTransfer(nbytes, self._streams, event, waits, source)
         self._count()  # where nobody asks for it, ended copies would pile up
         self._under_way[direction].append(transfer)
         return transfer
@@ -236,7 +244,6 @@ class CUDACopier:
     ) -> None:
         if not len(to):
             return
-        source.record_stream(torch.cuda.current_stream())
         self._kernels.copy_rows(target, source.contiguous(), *self._on_device(to, first))
 
     def _on_device(

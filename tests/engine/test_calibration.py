@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
+import torch
 from servers import CONCURRENCY, WANTED, Stock, assert_nothing_is_left, in_full_only, orbitflow_args
 
 from eval.client import Request
 from eval.server import Server, ServerFailed
 from orbitflow_sglang.planner.cost_model import ComputeModel, Profile, TransferModel
+from orbitflow_sglang.residency.layout import Capacity, KVLayout
+from orbitflow_sglang.residency.store import ResidencyStore
 
 LINK_GB_PER_S = 0.2
 SIZES = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
@@ -191,3 +198,23 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     with server(blocked, *SLOW_LINK) as running:
         assert state_of(running)["profile"]["source"] == "measured"
         assert "cannot keep its cost profile" in running.log.read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float32])
+def test_what_is_measured_on_is_kv_also_where_that_has_8_bits(dtype: torch.dtype) -> None:
+    """With numbers cast to bytes every eighth would be NaN, and so would all that a step does."""
+    probe = object.__new__(importlib.import_module("orbitflow_sglang.engine.probe").Probe)
+    stored = torch.uint8 if dtype.itemsize == 1 else dtype
+    layout = KVLayout(2, 16, 1, head_dim=64, v_head_dim=64, dtype=stored)
+    store = ResidencyStore(layout, Capacity(12, 2, 0, 5))
+    pool = SimpleNamespace(get_kvcache=lambda: SimpleNamespace(dtype=dtype))
+    probe._scheduler = SimpleNamespace(token_to_kv_pool_allocator=pool)
+    rows = SimpleNamespace(written=lambda rows, tokens: None)
+    pages = np.array([1, 3, 4])
+    probe._runtime = SimpleNamespace(store=store, rows=rows, pages_of=lambda live: pages)
+    kv = SimpleNamespace(req_pool_idx=0, kv_allocated_len=48)
+    probe._fill(SimpleNamespace(reqs=[SimpleNamespace(rid="one", kv=kv)]))
+    for layer, buffer in itertools.product(range(2), (store.arena.k, store.arena.v)):
+        held = buffer[torch.from_numpy(store.table.device_page[layer, pages].astype(np.int64))]
+        numbers = held.view(dtype).float()
+        assert numbers.isfinite().all() and 0.8 < numbers.std() < 1.2

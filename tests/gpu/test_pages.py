@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,33 @@ def test_what_a_step_reads_is_what_was_written(ring: int) -> None:
     store.quiesce()
     assert store.check() == []
     assert store.engine.h2d.bytes and store.engine.d2h.bytes
+    store.close()
+
+
+def test_a_long_prompt_holds_two_layers_of_what_goes_to_the_host() -> None:
+    """However far ahead of the device this process is: memory that a copy still reads is given to
+    nobody else, and no layer's is held for longer than the copy of the next but one."""
+    layout = replace(LAYOUT, layers=16)
+    pages = np.arange(1, 257)
+    store = ResidencyStore(layout, Capacity(66, 2, 16 * 256, 260), "cuda")
+    store.place(pages, np.ones(16, dtype=bool))
+    new_tokens = len(pages) * layout.page_size
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    def number(layer: int) -> torch.Tensor:
+        full = (new_tokens, HEADS, 128)
+        return torch.full(full, layer + 1, dtype=layout.dtype, device="cuda")
+
+    _run(store, _prefill(pages, layout.page_size), number)
+    store.quiesce()
+    of_a_layer = len(pages) * layout.page_bytes
+    assert torch.cuda.max_memory_allocated() - before < 4 * of_a_layer
+    for layer in range(16):
+        there = torch.from_numpy(store.table.host_page[layer, pages].astype(np.int64))
+        assert (store.host.k[there] == layer + 1).all()
+        assert (store.host.v[there] == -layer - 1).all()
     store.close()
 
 

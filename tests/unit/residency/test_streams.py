@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +150,21 @@ def test_what_has_moved_is_counted_once_it_has() -> None:
     engine.forget()
     assert engine.d2h.transfers == 0
     engine.close()
+
+
+@pytest.mark.parametrize("by", ["wait", "done"])
+def test_what_a_copy_reads_is_kept_until_it_cannot_be_overwritten(by: str) -> None:
+    """Until compute waits for the copy, or the copy has ended: and then no longer."""
+    streams = FakeStreams(0)
+    store = store_on(streams, layers=2, page_size=2, main=8, ring=4)
+    k, v = vectors(0, np.arange(2))
+    sources = [weakref.ref(k), weakref.ref(v)]
+    transfer = store.engine.write_through(k, v, ids(0), ids(1))
+    del k, v
+    streams.finish()
+    assert all(source() is not None for source in sources)
+    assert transfer.done if by == "done" else transfer.wait() is None
+    assert all(source() is None for source in sources)
 
 
 def test_what_compute_has_waited_is_counted_once_it_is_over(
