@@ -228,8 +228,11 @@ def check_arguments(view: Any) -> None:
 
 
 def check_order(view: Any, config: OrbitFlowConfig) -> None:
-    """Raise ``ConfigError`` where SGLang would sort who waits behind our back."""
-    if not config.policy_spec.has("ordering"):
+    """Raise ``ConfigError`` where SGLang would sort who waits behind our back: it would only see
+    those that may start already, by our ordering or by who came first."""
+    spec = config.policy_spec
+    chooses = spec.placing is None and spec.overflow != "retract" and spec.streaming != "all"
+    if not (chooses or spec.has("ordering")):
         return
     for field, accepted in (("schedule_policy", "fcfs"), ("enable_priority_scheduling", False)):
         value = getattr(view, field)
@@ -237,8 +240,8 @@ def check_order(view: Any, config: OrbitFlowConfig) -> None:
             given = "" if value is True else f" {value}"
             raise ConfigError(
                 f"--enable-orbitflow does not support --{field.replace('_', '-')}{given} with "
-                f"{flag('policy')} {config.policy}: it would sort again who waits, whom the rule "
-                f"ordering has sorted. Leave it out, or give {flag('disable')} ordering"
+                f"{flag('policy')} {config.policy}: it would only sort those that the policy has "
+                f"let in. Leave it out, or leave scheduling to SGLang ({flag('policy')} retract)"
             )
 
 

@@ -133,7 +133,7 @@ class SchedulerControl:
         """Set aside whom the decision names, once finished prefills are merged."""
         for rid in self.decision.pause:
             req = next((r for r in running.reqs if r.rid == rid), None)
-            if req is None or not pausing.can_pause(req, self._scheduler.enable_overlap):
+            if req is None or not pausing.can_pause(req, self._scheduler):
                 self.counts["pauses_missed"] += 1
                 continue
             self.paused[rid] = pausing.cut_out(running, req)
@@ -171,7 +171,10 @@ class SchedulerControl:
             scheduler.chunked_prefill_size = min(chunk, decision.chunk_tokens + mixed)
         before = len(scheduler.waiting_queue)
         try:
-            return choose()
+            plan = choose()
+            if (chosen := plan.batch_to_run) is not None:  # for SGLang's log: these wait as well
+                chosen.prefill_stats.num_pending_tokens += sum(req.seqlen for req in held_back)
+            return plan
         finally:
             scheduler.chunked_prefill_size = chunk
             self.controller.admitted(max(0, before - len(scheduler.waiting_queue)))
@@ -196,9 +199,8 @@ class SchedulerControl:
         self.controller.stepped(prefill)
         if prefill:
             self._note_waits(batch, now)
-        lengths = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu.tolist()
-        context = sum(lengths)
         decoding = len(batch.reqs) if not prefill else len(batch.decoding_reqs or ())
+        context = _context_tokens(batch, decoding)
         predicted = self.feedback.step_s(max(1, decoding), context)
         streamed = self.controller.streamed_pages * self.feedback.page_transfer_s
         self._clock.launched(
@@ -237,9 +239,10 @@ class SchedulerControl:
         """Tokens of ``reqs`` are about to leave the scheduler."""
         now = time.perf_counter()
         for req in reqs:
-            view = self.views.get(req.rid)
-            if view is None:
+            if req.rid not in self.views and (req.finished_output or not req.output_ids):
                 continue
+            # Without one: its grammar was ready only behind the look at those that wait.
+            view = self._view(req)
             first = view.times.first_s is None
             view.times.add(now, len(req.output_ids) - view.generated)
             ends = req.finished() and not req.finished_output
@@ -437,7 +440,7 @@ class SchedulerControl:
             slo=slo,
             prompt_tokens=len(req.origin_input_ids),
             max_new_tokens=req.sampling_params.max_new_tokens,
-            pausable=pausing.can_pause(req, self._scheduler.enable_overlap),
+            pausable=pausing.can_pause(req, self._scheduler),
         )
 
     def _live(self) -> list[LiveRequest]:
@@ -483,3 +486,11 @@ class SchedulerControl:
         size = store.layout.page_size
         own = [UnitView(rid, self.views[rid].tokens // size - shared[rid], (rid,)) for rid in rids]
         return [*own, *self._shared]
+
+
+def _context_tokens(batch: ScheduleBatch, decoding: int) -> int:
+    """Tokens in memory that a step reads: of those that decode, or, where it computes prompts
+    (``decoding`` others may be beside them), what those had before."""
+    if batch.forward_mode.is_extend():
+        return sum(batch.prefix_lens[: len(batch.reqs) - decoding])
+    return 0 if batch.seq_lens_cpu is None else int(batch.seq_lens_cpu.sum())

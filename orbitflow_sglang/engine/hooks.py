@@ -35,6 +35,7 @@ _GRAPHS = (
 )
 _OPENAI = "sglang.srt.entrypoints.openai"
 _LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+_INVARIANTS = "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
 _REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 _METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
@@ -158,6 +159,7 @@ SCHEDULER = (
         HookType.AFTER,
         "retraction:retract_decode",
     ),
+    Hook(f"{_INVARIANTS}._requests_owning_rows", HookType.AFTER, "scheduler:owners_of_rows"),
     Hook(f"{_LOADS}.get_loads", HookType.AFTER, "scheduler:get_loads"),
     Hook(
         "sglang.srt.managers.scheduler.dispatch_event_loop",

@@ -25,12 +25,13 @@ class Paused:
     batch: ScheduleBatch
 
 
-def can_pause(req: Req, enable_overlap: bool) -> bool:
-    """Whether ``req`` comes back with all its state.
+def can_pause(req: Req, scheduler: Any) -> bool:
+    """Whether ``req`` comes back to ``scheduler``'s running batch with all its state.
 
     Under overlap SGLang counts a token for penalties one step late, in the batch that
-    runs then; a request that leaves in between would miss it. For adapters SGLang counts
-    those that run when it lets others in, so who has one stays among them.
+    runs then; a request that leaves in between would miss it. Of adapters (LoRA), and of the
+    model without one, a batch may have so many: SGLang counts those that run when it lets
+    others in, so nobody leaves.
     """
     params = req.sampling_params
     penalised = (
@@ -39,11 +40,11 @@ def can_pause(req: Req, enable_overlap: bool) -> bool:
         or params.repetition_penalty != 1
         or params.min_new_tokens > 0
     )
-    if penalised and enable_overlap:
+    if penalised and scheduler.enable_overlap:
         return False
     return (
         req.beam_group is None
-        and req.lora_id is None
+        and not scheduler.enable_lora
         and req.multimodal_inputs is None
         and req.session is None
         and req.input_embeds is None

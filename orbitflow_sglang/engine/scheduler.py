@@ -149,6 +149,17 @@ def inflight_batches(found: list[Any], scheduler: Scheduler) -> list[Any]:
     return [*found, *(paused.batch for paused in control.paused.values())]
 
 
+def owners_of_rows(found: list[Any], checker: Any) -> list[Any]:
+    """After ``_requests_owning_rows``, by which SGLang looks for leaks between two steps
+    (``SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY``)."""
+    runtime = Runtime.current
+    if runtime is None or runtime.control is None:
+        return found
+    known = {id(req) for req in found}
+    paused = (paused.req for paused in runtime.control.paused.values())
+    return [*found, *(req for req in paused if req.kv.holds_kv and id(req) not in known)]
+
+
 def get_loads(load: Any, inquirer: Any) -> Any:
     """After ``get_loads``: who is paused holds KV and will decode, so it counts as running."""
     runtime = Runtime.current

@@ -30,6 +30,11 @@ def build_control(scheduler: Any, runtime: Runtime, config: OrbitFlowConfig) -> 
     assert profile is not None
     capacity, layout = runtime.store.capacity, runtime.store.layout
     running = scheduler.max_running_requests
+    if scheduler.enable_lora and spec.overflow == "pause":
+        logger.warning(
+            "OrbitFlow pauses nobody with --enable-lora: where requests outgrow memory, more is "
+            "streamed than compute hides, which slows all down (--max-running-requests)"
+        )
     machine = Machine(
         layers=layout.layers,
         page_size=layout.page_size,

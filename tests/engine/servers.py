@@ -49,7 +49,12 @@ NO_OVERLAP = ("--disable-overlap-schedule",)
 CORE_A_RANK = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 # With it ``--attention-backend orbitflow_flashinfer`` is served on a CPU.
 FAKE_FLASHINFER = {"PYTHONPATH": str(Path(__file__).parents[1] / "fake_flashinfer")}
-TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": ",".join(POLICIES)}
+# SGLang's own search for leaks, behind every step: it ends the server where it finds one.
+LEAK_CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": ",".join(POLICIES), **LEAK_CHECKS}
 
 
 def workload(style: str) -> list[Request]:

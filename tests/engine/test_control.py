@@ -21,6 +21,7 @@ from servers import (
     CONCURRENCY,
     CORE_A_RANK,
     FULL,
+    LEAK_CHECKS,
     NO_OVERLAP,
     Stock,
     asked_of_stock,
@@ -53,7 +54,7 @@ WORKLOAD = asked_of_stock(
 # In each of two replicas too more than a step looks at.
 CROWD = mixed_requests(3 * (KEPT + NEXT), seed=13, shortest=8, longest=40, max_new_tokens=4)
 ARENA = ("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2")
-TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident"}
+TEST_CONTROL = {"ORBITFLOW_TEST_CONTROL": "resident", **LEAK_CHECKS}
 SCHEMA = json.dumps(
     {
         "type": "object",

@@ -66,6 +66,7 @@ GRAPHS = (
 REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 METRICS = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 LOADS = "sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer"
+INVARIANTS = "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
 RETRACT = "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode"
 SCHEDULER = {
     f"{CONFIGURATOR}.config_from_budget": "memory.config_from_budget",
@@ -86,6 +87,7 @@ SCHEDULER = {
     f"{IN_SCHEDULER}.on_idle": "scheduler.on_idle",
     f"{IN_SCHEDULER}.update_running_batch": "retraction.make_room",
     RETRACT: "retraction.retract_decode",
+    f"{INVARIANTS}._requests_owning_rows": "scheduler.owners_of_rows",
     f"{LOADS}.get_loads": "scheduler.get_loads",
     "sglang.srt.managers.scheduler.dispatch_event_loop": "scheduler.dispatch_event_loop",
     f"{STREAMER}.stream_output": "scheduler.stream_output",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 from servers import (
     CORE_A_RANK,
+    LEAK_CHECKS,
     Stock,
     assert_nothing_is_left,
     in_full_only,
@@ -34,7 +35,7 @@ ARENA = (
     *("--orbitflow-arena-tokens", "2048", "--orbitflow-host-memory-gb", "0.2"),
     *("--orbitflow-disable", "stand-aside"),  # or nothing is streamed for prompts this long
 )
-ENV = {"ORBITFLOW_TEST_CONTROL": "resident", **CORE_A_RANK}
+ENV = {"ORBITFLOW_TEST_CONTROL": "resident", **CORE_A_RANK, **LEAK_CHECKS}
 COMPARED_EVERY_S = 0.5
 SLOW_MB_PER_S = 20
 WORKLOAD = mixed_requests(

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from orbitflow_sglang.slo import SLO
 
@@ -23,24 +24,33 @@ def engine() -> dict[str, ModuleType]:
     return modules | {"view": importlib.import_module("orbitflow_sglang.control.view")}
 
 
+STAYS = ("beam_group", "multimodal_inputs", "session", "input_embeds", "to_finish")
+
+
+def scheduler(**changed: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"enable_overlap": True, "enable_lora": False} | changed)
+
+
 def request(**changed: Any) -> SimpleNamespace:
     sampling = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
-    fine = dict.fromkeys(
-        ("beam_group", "lora_id", "multimodal_inputs", "session", "input_embeds", "to_finish")
-    )
+    fine = dict.fromkeys(STAYS)
     params = SimpleNamespace(min_new_tokens=0, **sampling)
     return SimpleNamespace(sampling_params=params, finished=lambda: False, **fine | changed)
 
 
-@pytest.mark.parametrize(
-    "part", ["beam_group", "lora_id", "multimodal_inputs", "session", "input_embeds", "to_finish"]
-)
+@pytest.mark.parametrize("part", STAYS)
 def test_whoever_has_what_would_not_come_back_stays(
     engine: dict[str, ModuleType], part: str
 ) -> None:
     can_pause = engine["pausing"].can_pause
-    assert can_pause(request(), enable_overlap=True)
-    assert not can_pause(request(**{part: "something"}), enable_overlap=True)
+    assert can_pause(request(), scheduler())
+    assert not can_pause(request(**{part: "something"}), scheduler())
+
+
+def test_nobody_leaves_a_server_with_adapters(engine: dict[str, ModuleType]) -> None:
+    """A batch may have so many, and the model without one counts: who came back could be one
+    too many."""
+    assert not engine["pausing"].can_pause(request(), scheduler(enable_lora=True))
 
 
 def test_penalties_are_counted_a_step_late_under_overlap_alone(
@@ -48,8 +58,8 @@ def test_penalties_are_counted_a_step_late_under_overlap_alone(
 ) -> None:
     penalised = request()
     penalised.sampling_params.presence_penalty = 0.5
-    assert engine["pausing"].can_pause(penalised, enable_overlap=False)
-    assert not engine["pausing"].can_pause(penalised, enable_overlap=True)
+    assert engine["pausing"].can_pause(penalised, scheduler(enable_overlap=False))
+    assert not engine["pausing"].can_pause(penalised, scheduler())
 
 
 def test_where_a_paused_request_ends_newcomers_are_looked_at_again(
@@ -76,7 +86,7 @@ def test_a_request_has_waited_since_it_came_to_the_server(
 ) -> None:
     control = object.__new__(engine["control"].SchedulerControl)
     control.targets = SimpleNamespace(of=lambda tokens: SLO(ttft_s=1.0))
-    control._scheduler = SimpleNamespace(enable_overlap=False)
+    control._scheduler = scheduler(enable_overlap=False)
     req = waiting("one")
     req.time_stats = SimpleNamespace(created_time=at_the_door, wait_queue_entry_time=5.0)
     assert control._new_view(req).arrival_s == came
@@ -99,13 +109,11 @@ def test_a_line_is_looked_through_again_whenever_it_is_another_one(
     control.views, control.paused, control._line, control._waiting = {}, {}, [], {}
     control.longest_line = control._looked_up = 0
     control._aborted = set()
-    scheduler = SimpleNamespace(
-        enable_overlap=False, chunked_req=None, tree_cache=None, waiting_queue=[]
-    )
-    control._scheduler = scheduler
+    line_of = scheduler(enable_overlap=False, chunked_req=None, tree_cache=None, waiting_queue=[])
+    control._scheduler = line_of
 
     def observed(running: list[SimpleNamespace], line: list[SimpleNamespace]) -> list[tuple]:
-        scheduler.waiting_queue = line
+        line_of.waiting_queue = line
         views = control._observe(SimpleNamespace(reqs=running), None).requests
         return [(view.rid, view.phase, view.tokens, view.prompt_tokens) for view in views]
 
@@ -265,5 +273,70 @@ def test_a_chunk_is_of_the_prompt_also_where_others_decode_in_it(
     scheduler = SimpleNamespace(waiting_queue=[], chunked_prefill_size=512, is_mixed_chunk=mixed)
     control._scheduler = scheduler
     running = SimpleNamespace(reqs=["somebody"] * 10)
-    assert control.prefill_batch(running, lambda: scheduler.chunked_prefill_size) == chunk
+    plan = SimpleNamespace(batch_to_run=None)
+
+    def choose() -> SimpleNamespace:
+        assert scheduler.chunked_prefill_size == chunk
+        return plan
+
+    assert control.prefill_batch(running, choose) is plan
     assert scheduler.chunked_prefill_size == 512
+
+
+def test_sglang_is_told_of_the_tokens_of_all_that_wait(engine: dict[str, ModuleType]) -> None:
+    control = object.__new__(engine["control"].SchedulerControl)
+    control._lockstep = False
+    control.controller = SimpleNamespace(admitted=lambda number: None)
+    control.decision = engine["view"].StepDecision(admit=frozenset({"one"}))
+    one, two = (SimpleNamespace(rid=rid, seqlen=7) for rid in ("one", "two"))
+    control._scheduler = SimpleNamespace(waiting_queue=[one, two], chunked_prefill_size=512)
+    stats = SimpleNamespace(num_pending_tokens=0)
+
+    def choose() -> SimpleNamespace:
+        assert control._scheduler.waiting_queue == [one]
+        control._scheduler.waiting_queue = []
+        return SimpleNamespace(batch_to_run=SimpleNamespace(prefill_stats=stats))
+
+    control.prefill_batch(SimpleNamespace(reqs=[]), choose)
+    assert stats.num_pending_tokens == 7 and control._scheduler.waiting_queue == [two]
+
+
+def test_what_a_step_reads(engine: dict[str, ModuleType]) -> None:
+    """Of prompts what they had before it, and not what decodes beside them."""
+    read = engine["control"]._context_tokens
+    for extends, decoding, tokens in ((True, 0, 41), (True, 1, 32), (False, 3, 60)):
+        batch = SimpleNamespace(
+            reqs=["one", "two", "three"], prefix_lens=[32, 0, 9],
+            seq_lens_cpu=torch.tensor([40, 10, 10]),
+            forward_mode=SimpleNamespace(is_extend=lambda extends=extends: extends),
+        )  # fmt: skip
+        assert read(batch, decoding) == tokens
+    assert read(SimpleNamespace(forward_mode=batch.forward_mode, seq_lens_cpu=None), 0) == 0
+
+
+def test_a_first_token_counts_of_whom_nobody_had_looked_at(engine: dict[str, ModuleType]) -> None:
+    """SGLang lets in whose grammar has just become ready behind the look at those that wait."""
+    control = object.__new__(engine["control"].SchedulerControl)
+    control.views, control._scheduler = {}, scheduler(enable_overlap=False)
+    control.targets = SimpleNamespace(of=lambda tokens: SLO(ttft_s=1.0))
+    control._report = lambda req, view, ends: None
+    gone, refused, new = map(waiting, ("gone", "refused", "new"))
+    gone.output_ids, gone.finished_output = [1, 2], True
+    refused.finished_output = new.finished_output = None
+    new.output_ids = [5]
+    control.streaming_out([gone, refused, new])
+    assert control.views.keys() == {"new"}
+    assert control.views["new"].times.first_s is not None
+
+
+def test_sglang_counts_the_pages_of_paused_requests_when_it_looks_for_leaks(
+    engine: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = engine["scheduler"]
+    known, other, empty = (SimpleNamespace(req=waiting(rid)) for rid in ("known", "other", "empty"))
+    known.req.kv.holds_kv = other.req.kv.holds_kv = True
+    control = SimpleNamespace(paused={p.req.rid: p for p in (known, other, empty)})
+    monkeypatch.setattr(module.Runtime, "current", SimpleNamespace(control=control))
+    assert module.owners_of_rows([known.req], None) == [known.req, other.req]
+    monkeypatch.setattr(module.Runtime, "current", None)
+    assert module.owners_of_rows([known.req], None) == [known.req]

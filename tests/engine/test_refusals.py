@@ -253,20 +253,23 @@ def test_prefill_in_one_piece_is_refused(compat: ModuleType, size: int) -> None:
         ({"enable_priority_scheduling": True}, "--enable-priority-scheduling"),
     ],
 )
-def test_another_order_of_the_queue_is_refused_where_ours_decides(
+def test_another_order_of_the_queue_is_refused_where_the_policy_lets_in(
     compat: ModuleType, asked: dict[str, Any], given: str
 ) -> None:
     ours = OrbitFlowConfig()
     compat.check_order(view(compat, **ORDER), ours)
     compat.check_order(view(compat, **ORDER | asked), OrbitFlowConfig(policy="static:1"))
-    compat.check_order(view(compat, **ORDER | asked), OrbitFlowConfig(disable=("ordering",)))
-    with pytest.raises(ConfigError) as caught:
-        compat.check_order(view(compat, **ORDER | asked), ours)
-    assert str(caught.value) == (
-        f"--enable-orbitflow does not support {given} with --orbitflow-policy orbitflow: it would "
-        "sort again who waits, whom the rule ordering has sorted. Leave it out, or give "
-        "--orbitflow-disable ordering"
-    )
+    compat.check_order(view(compat, **ORDER | asked), OrbitFlowConfig(policy="paper"))
+    compat.check_order(view(compat, **ORDER | asked), OrbitFlowConfig(policy="retract"))
+    by_arrival = [OrbitFlowConfig(disable=("ordering",)), OrbitFlowConfig(policy="swap")]
+    for config in [ours, *by_arrival, OrbitFlowConfig(policy="retract+order")]:
+        with pytest.raises(ConfigError) as caught:
+            compat.check_order(view(compat, **ORDER | asked), config)
+        assert str(caught.value) == (
+            f"--enable-orbitflow does not support {given} with --orbitflow-policy {config.policy}: "
+            "it would only sort those that the policy has let in. Leave it out, or leave "
+            "scheduling to SGLang (--orbitflow-policy retract)"
+        )
 
 
 def test_what_is_still_to_be_resolved_is_not_refused(compat: ModuleType) -> None:
