@@ -142,7 +142,7 @@ class Probe:
         for layer in range(store.layout.layers):
             for part in store.arena.layer_view(layer):
                 # One page for all: random numbers for a long context would take seconds.
-                page = kv_noise(noise, part.shape[1:], dtype).view(part.dtype)
+                page = _kv_noise(noise, part.shape[1:], dtype).view(part.dtype)
                 part[ids.to(part.device)] = page.to(part.device)
 
     def _forward(self, batch: ScheduleBatch) -> float:
@@ -164,7 +164,9 @@ class Probe:
         device.synchronize()
 
 
-def kv_noise(random: np.random.Generator, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _kv_noise(
+    random: np.random.Generator, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
     """Random KV of ``dtype``. What stores 8 bits as bytes has to view it: numbers cast to bytes
     would be NaN among others."""
     return torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32)).to(dtype)

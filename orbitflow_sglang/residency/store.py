@@ -481,8 +481,8 @@ class ResidencyStore:
     # --- what the ring asks for -----------------------------------------------
 
     def _new_ring(self, stall_s: float = 0.0) -> StagingRing:
-        calls = self._grant_home, self._await_host
-        return StagingRing(self.table, self.arena, self.engine, *calls, stall_s)
+        grant, await_host = self._grant_home, self._await_host
+        return StagingRing(self.table, self.arena, self.engine, grant, await_host, stall_s)
 
     def _grant_home(self, count: int) -> np.ndarray:
         room = max(0, self.arena.num_free - self.reserve_pages)
